@@ -1,0 +1,33 @@
+# The whole vocabulary of a contributor. Everything happens in .venv; PYTHON chooses the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: setup demo test lint clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) setuptools wheel
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(PIP) --no-build-isolation -e '.[test]'
+	touch $@
+
+# All stages on the embedded Colored Digits; the same command again resumes or shows the results.
+demo: setup
+	$(BIN)/ddb-fast run digits --out runs/demo
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: .venv/.installed-test
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

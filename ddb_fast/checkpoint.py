@@ -1,0 +1,117 @@
+"""Files that a killed process cannot leave half written, and training state as safetensors.
+
+Everything is written to a temporary name, flushed and renamed. A checkpoint is one safetensors
+file: tensors of the model, its moving average, the optimiser and the recipe under their prefixes,
+and scalars with the configuration as JSON in the metadata. Nothing is pickled.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    descriptor = os.open(temporary, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, path)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a whole file or nothing; OSError when the disk refuses."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        data = content.encode() if isinstance(content, str) else content
+        temporary.write_bytes(data)
+        _replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors and JSON metadata as safetensors, whole or not at all; else OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    # safetensors stores contiguous tensors; clone() also separates views that share memory.
+    flat = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
+    try:
+        save_file(flat, str(temporary), {key: json.dumps(v) for key, v in metadata.items()})
+        _replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The JSON metadata of a file written by `save_tensors`; ValueError if it is none."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not one of our safetensors files ({error})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors on the CPU and the metadata; ValueError if the file is missing or damaged."""
+    metadata = read_metadata(path)
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def load_into(module: torch.nn.Module, tensors: dict[str, torch.Tensor], *, source: str) -> None:
+    """Load a state dict strictly; a difference of names or shapes is one line of ValueError."""
+    own = module.state_dict()
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(t.shape)}"
+        for name, t in own.items()
+        if name in tensors and tensors[name].shape != t.shape
+    ]
+    missing = [f"{name} is missing" for name in own if name not in tensors]
+    extra = [f"{name} is not of this network" for name in tensors if name not in own]
+    problems = wrong + missing + extra
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise ValueError(f"{source}: a checkpoint of another shape: {problems[0]}{more}")
+    module.load_state_dict(tensors)
+
+
+def select(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The entries below `prefix.`, with it removed."""
+    return {k[len(prefix) + 1 :]: t for k, t in tensors.items() if k.startswith(f"{prefix}.")}
+
+
+def with_prefix(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `select`."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """An optimiser's per-parameter state as `index.name` tensors; its options are configuration."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, entry in state.items()
+        for name, value in entry.items()
+        if value is not None
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

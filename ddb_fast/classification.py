@@ -1,0 +1,343 @@
+"""The classifiers' stages: the amplifier, its scores of the real images, and the targets."""
+
+import csv
+import io
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddb_fast import checkpoint
+from ddb_fast.config import ClassifierConfig, from_dict
+from ddb_fast.context import Context
+from ddb_fast.data.augment import amplifier_view, augment, centre
+from ddb_fast.data.pixels import normalise
+from ddb_fast.data.samplers import GroupBalancedSampler, ShuffledSampler
+from ddb_fast.data.store import gather, resident
+from ddb_fast.engine import Sampler, fit, step_seed
+from ddb_fast.metrics import accuracies, group_table
+from ddb_fast.models.classifiers import build_classifier, load_pretrained
+from ddb_fast.recipes import (
+    ERM,
+    GroupDRO,
+    ReweightedLoss,
+    conflicting_groups,
+    predicted_groups,
+    pseudo_groups,
+)
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_BATCH = 256
+
+
+def build_network(config: ClassifierConfig, num_classes: int) -> nn.Module:
+    """The network of a classifier's configuration, channels_last, weights as configured."""
+    network = build_classifier(
+        config.model, num_classes, image_size=config.image_size, width=config.width
+    )
+    if config.weights is not None:
+        load_pretrained(network, config.weights, name=config.model)
+    return network.to(memory_format=torch.channels_last)
+
+
+def train_classifier(
+    context: Context,
+    config: ClassifierConfig,
+    images: Tensor,
+    y: Tensor,
+    *,
+    recipe: nn.Module,
+    sampler: Sampler,
+    stage: str,
+    seed: int,
+    resume: Path,
+) -> tuple[nn.Module, float]:
+    """Train a classifier on uint8 NHWC images; return it in eval mode, and the seconds.
+
+    The first weights depend on the seed only, so methods of one seed start from the same network.
+    `recipe(logits, y, index)` is the loss; `resume` is where the training state is kept meanwhile.
+    """
+    device = context.device
+    torch.manual_seed(step_seed(seed, "classifier", "weights"))
+    network = build_network(config, len(context.data.classes)).to(device)
+    images, y = resident(images, device), y.to(device)
+    recipe.to(device)
+
+    def loss_of(model: nn.Module, index: Tensor) -> Tensor:
+        pixels = augment(gather(images, index, device), config.augment, size=config.image_size)
+        return recipe(model(normalise(pixels, config.pixel_norm)).float(), y[index], index)
+
+    seconds = fit(
+        context.accelerator,
+        network,
+        loss_of,
+        config=config,
+        sampler=sampler,
+        stage=stage,
+        seed=seed,
+        log=context.log,
+        checkpoints=context.checkpoints(resume),
+        recipe=recipe,
+        show_progress=context.config.progress,
+    )
+    return network.eval(), seconds
+
+
+def save_classifier(
+    path: Path, network: nn.Module, config: ClassifierConfig, classes: Sequence[str]
+) -> None:
+    """Write a classifier with what is needed to use it."""
+    metadata = {"classifier": asdict(config), "classes": list(classes)}
+    checkpoint.save_tensors(path, network.state_dict(), metadata)
+
+
+def load_classifier(path: Path) -> tuple[nn.Module, ClassifierConfig, tuple[str, ...]]:
+    """A saved classifier in eval mode, its configuration and class names; ValueError if none is."""
+    tensors, metadata = checkpoint.load_tensors(path)
+    if not {"classifier", "classes"} <= set(metadata):
+        raise ValueError(f"{path}: not a classifier written by ddb_fast")
+    config = from_dict(ClassifierConfig, metadata["classifier"], prefix="classifier.")
+    network = build_classifier(
+        config.model, len(metadata["classes"]), image_size=config.image_size, width=config.width
+    )
+    checkpoint.load_into(network, tensors, source=str(path))
+    network = network.to(memory_format=torch.channels_last)
+    return network.eval(), config, tuple(metadata["classes"])
+
+
+@torch.inference_mode()
+def logits_of(
+    network: nn.Module,
+    images: Tensor,
+    config: ClassifierConfig,
+    *,
+    device: torch.device,
+    crop: bool,
+) -> Tensor:
+    """Logits (N, K) fp32 on the CPU of uint8 NHWC images, in eval mode without augmentation.
+
+    crop: centre crop (target classifiers, from `large`); otherwise a plain resize (the amplifier,
+    whose real images come from `small`, down and up again like the synthetic ones).
+    """
+    network.eval()
+    view = centre if crop else amplifier_view
+    answers = []
+    for index in torch.arange(len(images)).split(EVALUATION_BATCH):
+        pixels = view(gather(images, index, device), config.image_size)
+        answers.append(network(normalise(pixels, config.pixel_norm)).float().cpu())
+    return torch.cat(answers)
+
+
+# --- amplifier ---------------------------------------------------------------------------------
+
+
+def train_amplifier(context: Context, synthetic: Path, folder: Path) -> float:
+    """Train the bias amplifier on synthetic images alone; write it; return seconds."""
+    tensors, _ = checkpoint.load_tensors(synthetic)
+    images, y = tensors["images"].permute(0, 2, 3, 1).contiguous(), tensors["labels"]
+    config, seed = context.config.amplifier, context.config.seed
+    resume = folder / "checkpoint.safetensors"
+    network, seconds = train_classifier(
+        context,
+        config,
+        images,
+        y,
+        recipe=ERM(),
+        sampler=ShuffledSampler(len(y), seed=seed),
+        stage="amplifier",
+        seed=seed,
+        resume=resume,
+    )
+    if context.accelerator.is_main_process:
+        save_classifier(folder / "model.safetensors", network, config, context.data.classes)
+        resume.unlink(missing_ok=True)
+    return seconds
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The amplifier's verdict on the training images, in their order; all (N,)."""
+
+    predicted: Tensor
+    loss: Tensor
+    score: Tensor
+    conflicting: Tensor
+
+
+COLUMNS = (
+    "index",
+    "split",
+    "path",
+    "y",
+    "predicted",
+    "loss",
+    "probability_y",
+    "score",
+    "pseudo_conflicting",
+)
+
+
+def score_images(context: Context, amplifier: Path, path: Path) -> None:
+    """Score every real image of every split; write `scores.csv`.
+
+    Score and threshold use the statistics of the training split.
+    """
+    network, config, classes = load_classifier(amplifier)
+    data, rules = context.data, context.config.pseudo_labels
+    if classes != tuple(data.classes):
+        raise ValueError(f"{amplifier}: its classes {classes} are not those of the data")
+    network.to(context.device)
+    predicted, loss, probability = {}, {}, {}
+    for name, split in data.splits.items():
+        logits = logits_of(network, split.small, config, device=context.device, crop=False)
+        log_probability = F.log_softmax(logits.double(), dim=1)
+        loss[name] = -log_probability.gather(1, split.y[:, None]).squeeze(1).float()
+        probability[name] = (-loss[name].double()).exp().float()
+        predicted[name] = logits.argmax(1)
+    y = data.splits["train"].y
+    groups = pseudo_groups(
+        loss["train"],
+        predicted["train"],
+        y,
+        len(classes),
+        gamma=rules.gamma,
+        stats_over=rules.stats_over,
+        filter=rules.filter,
+    )
+    for c in groups.fallback_classes:
+        logger.warning(
+            "class %s: no image passes the threshold; its error set is taken instead", classes[c]
+        )
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    index = 0
+    for name, split in data.splits.items():
+        score = (loss[name] - groups.mean[split.y]) / groups.std[split.y]
+        wrong = predicted[name] != split.y
+        conflicting = wrong & (loss[name] > groups.threshold[split.y])
+        if name == "train":
+            score, conflicting = groups.score, groups.conflicting
+        elif rules.filter == "none":
+            conflicting = wrong
+        columns = (split.y, predicted[name], loss[name], probability[name], score, conflicting)
+        for path_, y_, p_, l_, q_, s_, c_ in zip(
+            split.paths, *(column.tolist() for column in columns), strict=True
+        ):
+            writer.writerow(
+                (index, name, path_, y_, p_, f"{l_:.9g}", f"{q_:.9g}", f"{s_:.9g}", int(c_))
+            )
+            index += 1
+    checkpoint.write_atomically(path, text.getvalue())
+
+
+def read_scores(path: Path, split: str = "train") -> Scores:
+    """The rows of one split of `scores.csv`."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == split]
+    return Scores(
+        predicted=torch.tensor([int(r["predicted"]) for r in rows]),
+        loss=torch.tensor([float(r["loss"]) for r in rows]),
+        score=torch.tensor([float(r["score"]) for r in rows]),
+        conflicting=torch.tensor([r["pseudo_conflicting"] == "1" for r in rows]),
+    )
+
+
+# --- targets -----------------------------------------------------------------------------------
+
+
+def build_method(
+    context: Context, method: str, seed: int, scores: Scores | None
+) -> tuple[nn.Module, Sampler]:
+    """The loss and the sampler that make a method; `scores` is needed by the ddb methods."""
+    config, train = context.config, context.data.splits["train"]
+    classes = len(context.data.classes)
+    if method == "erm":
+        return ERM(), ShuffledSampler(len(train), seed=seed)
+    if method == "ddb-ii":
+        rule = config.reweighting
+        recipe = ReweightedLoss(
+            scores.loss,
+            train.y,
+            moving_average=rule.moving_average,
+            class_maximum=rule.class_maximum,
+        )
+        return recipe, ShuffledSampler(len(train), seed=seed)
+    if method == "group-dro":
+        groups = context.data.groups("train")
+        ids, num_groups = groups.ids, groups.num_groups
+    elif method == "ddb-i-predicted" or (
+        method == "ddb-i" and config.pseudo_labels.pseudo_groups == "predicted"
+    ):
+        ids, num_groups = predicted_groups(scores.predicted, train.y, classes), classes**2
+    else:
+        wrong = scores.predicted != train.y
+        conflicting = wrong if method == "ddb-i-error-set" else scores.conflicting
+        ids, num_groups = conflicting_groups(conflicting, train.y), 2 * classes
+    recipe = GroupDRO(
+        ids,
+        num_groups,
+        step_size=config.group_dro.step_size,
+        adjustment=config.group_dro.adjustment,
+    )
+    return recipe, GroupBalancedSampler(ids, num_groups=num_groups, seed=seed)
+
+
+def train_method(
+    context: Context, method: str, seed: int, folder: Path, scores: Scores | None
+) -> float:
+    """Train and evaluate one method with one seed; write its model and metrics; return seconds."""
+    config, data = context.config.classifier, context.data
+    train = data.splits["train"]
+    recipe, sampler = build_method(context, method, seed, scores)
+    resume = folder / "checkpoint.safetensors"
+    network, seconds = train_classifier(
+        context,
+        config,
+        train.large,
+        train.y,
+        recipe=recipe,
+        sampler=sampler,
+        stage=f"{method} seed {seed}",
+        seed=seed,
+        resume=resume,
+    )
+    if context.accelerator.is_main_process:
+        save_classifier(folder / "model.safetensors", network, config, data.classes)
+        results = {
+            name: evaluate(context, network, config, name)
+            for name in ("test", "val")
+            if len(data.splits.get(name, ()))
+        }
+        text = json.dumps({"method": method, "seed": seed, **results}, indent=2)
+        checkpoint.write_atomically(folder / "metrics.json", text + "\n")
+        resume.unlink(missing_ok=True)
+    return seconds
+
+
+def evaluate(
+    context: Context, network: nn.Module, config: ClassifierConfig, split: str
+) -> dict[str, Any]:
+    """Metrics and group table of a classifier on one split; {"metrics", "groups"}."""
+    data = context.data
+    images = data.splits[split]
+    logits = logits_of(network, images.large, config, device=context.device, crop=True)
+    correct = logits.argmax(1) == images.y
+    groups, train_groups = data.groups(split), data.groups("train")
+    if groups is None:
+        return {"metrics": to_null(accuracies(correct)), "groups": []}
+    values = accuracies(correct, groups, train_counts=train_groups.counts)
+    return {"metrics": to_null(values), "groups": group_table(correct, groups)}
+
+
+def to_null(values: dict[str, float]) -> dict[str, float | None]:
+    """NaN as None, which JSON can hold."""
+    return {name: None if math.isnan(value) else value for name, value in values.items()}

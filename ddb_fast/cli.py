@@ -1,0 +1,96 @@
+"""`ddb-fast`: every command a person types. Heavy imports wait until a command needs them."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ddb_fast.arguments import OneLineParser
+
+COMMANDS = {
+    "run": "all stages on a preset's or your images; the same command again resumes",
+    "data": "what would be read: classes, splits, groups",
+    "import": "turn a checkpoint of the authors into a folder for `run --diffusion`",
+    "env": "this machine, the packages, and every kernel backend with its reasons",
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    from ddb_fast.train import main as train_main
+
+    return train_main(argv, prog="ddb-fast run")
+
+
+def show_data(argv: Sequence[str]) -> int:
+    parser = OneLineParser(prog="ddb-fast data", description=COMMANDS["data"])
+    parser.add_argument("path", help="an image folder or a CSV; `digits` for the embedded set")
+    arguments = parser.parse_args(argv)
+
+    from ddb_fast.config import DataConfig
+    from ddb_fast.data.sources import describe, open_listing
+
+    embedded = arguments.path == "digits"
+    config = DataConfig(source="digits") if embedded else DataConfig(path=arguments.path)
+    print(describe(open_listing(config)))
+    return 0
+
+
+def import_authors(argv: Sequence[str]) -> int:
+    parser = OneLineParser(prog="ddb-fast import", description=COMMANDS["import"])
+    parser.add_argument("checkpoint", help="a file torch.save wrote, with model_state_dict")
+    parser.add_argument("--out", required=True, help="folder for model.safetensors")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels a side (64)")
+    arguments = parser.parse_args(argv)
+
+    from ddb_fast.generator import import_checkpoint
+
+    print(import_checkpoint(Path(arguments.checkpoint), Path(arguments.out), arguments.image_size))
+    return 0
+
+
+def show_environment(argv: Sequence[str]) -> int:
+    OneLineParser(prog="ddb-fast env", description=COMMANDS["env"]).parse_args(argv)
+
+    import torch
+
+    from ddb_fast.kernels import backends
+    from ddb_fast.run_folder import versions
+
+    for name, value in versions().items():
+        print(f"{name:12} {value}")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    print(f"{'device':12} {device}")
+    for op, choices in backends().items():
+        for backend, reasons in choices.items():
+            print(f"{op:12} {backend:10} {'; '.join(reasons) or 'available'}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch to a command; a user's error is one line and exit 2."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    actions: dict[str, Callable[[Sequence[str]], int]] = {
+        "run": run,
+        "data": show_data,
+        "import": import_authors,
+        "env": show_environment,
+    }
+    if given and given[0] in actions:
+        try:
+            return actions[given[0]](given[1:])
+        except (ValueError, OSError) as error:
+            print(f"ddb-fast {given[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+    usage = "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
+    text = f"usage: ddb-fast COMMAND [...]; each has --help\n{usage}"
+    if given and given[0] in ("-h", "--help"):
+        print(text)
+        return 0
+    if given:
+        print(f"ddb-fast: no command {given[0]!r}; {', '.join(COMMANDS)}", file=sys.stderr)
+    else:
+        print(text, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

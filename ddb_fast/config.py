@@ -1,0 +1,342 @@
+"""The configuration of a whole run: frozen dataclasses, JSON, and what each stage depends on.
+
+Only the standard library is imported, so that `ddb-fast --help` and tools that only read a
+configuration start at once. Lengths are counted in *images* shown to a network, never in steps, so
+that learning-rate ramps and the EMA's half-life do not change with batch size or number of devices.
+Points that the paper leaves open are fields here, never constants elsewhere.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+METHODS = ("erm", "group-dro", "ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images are read, and how they are held out and cached."""
+
+    source: Literal["auto", "folder", "csv", "digits"] = "auto"
+    """auto: a folder or a CSV by what `path` is."""
+    path: str | None = None
+    """Folder (`<class>/*`, may lie below `train/ val/ test/`) or CSV (path, y[, a][, split])."""
+    cache_size: int = 256
+    """Side in pixels of the classifier's decoded copy: shorter side resized to it, centre crop."""
+    rho: float = 0.95
+    """digits only: share of bias-aligned images in the training and validation splits."""
+    validation_share: float = 0.1
+    """Share of the training images held out where the data names no validation split."""
+    test_share: float = 0.2
+    """Share of all images held out where the data names no test split."""
+    corrupt: Literal["error", "skip"] = "error"
+    """What an unreadable image does to the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How one network is trained. `batch_size` is the global batch, shared by all devices."""
+
+    images: int
+    """Length of training: images shown, all devices together."""
+    batch_size: int
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    """sgd only."""
+    lr_schedule: Literal["constant", "cosine", "cosine-cut"] = "cosine"
+    """cosine ends at zero; cosine-cut starts after the warm-up, is laid over the whole length and
+    so cut before zero, as in the authors' generator."""
+    warmup: float = 0.0
+    """Share of `images` over which the rate rises linearly."""
+    warmup_from: float = 0.0
+    """Share of the peak rate at which the warm-up starts."""
+    grad_clip: float | None = None
+    """Largest gradient norm."""
+    accumulate: int = 1
+    """Micro-batches a step: `batch_size` is divided by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """Shape of the class-conditional U-Net (method: DDB's generator is `preset ddb`)."""
+
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    blocks_per_level: int = 2
+    dropout: float = 0.15
+    norm_groups: int = 32
+    attention_levels: tuple[int, ...] = (0, 1, 2, 3)
+    """Levels (0 = full resolution) whose down blocks attend; see attention_up."""
+    attention_up: bool = False
+    """Whether the up path attends at the same levels."""
+    head_channels: int | None = None
+    """Channels of an attention head; None: one head over all channels."""
+    embedding: int = 512
+    """Width of the time and class embeddings."""
+    time_table: bool = True
+    """A trainable table of sinusoids (authors); otherwise fixed sinusoids of any real t."""
+    resample: Literal["authors", "conv"] = "authors"
+    """authors: down = 3x3 + 5x5 stride-2 convolutions, up = 5x5 transposed then 3x3. conv: one 3x3
+    stride-2 convolution down, nearest-neighbour then 3x3 up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(Optimisation):
+    """The class-conditional diffusion model and its training."""
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    load: str | None = None
+    """A trained diffusion model's folder (`--diffusion`): enter the road after this stage."""
+    image_size: int = 64
+    pixel_norm: Literal["symmetric", "imagenet"] = "symmetric"
+    """symmetric: [-1, 1]. imagenet: the authors' mean and deviation, inverted on sampling."""
+    timesteps: int = 1000
+    schedule: Literal["linear", "cosine"] = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.028
+    target: Literal["eps", "v"] = "eps"
+    loss_scale: Literal["mean", "authors"] = "mean"
+    """authors: the squared error summed over everything, divided by batch_size squared."""
+    class_dropout: float = 0.1
+    """Probability that a label is replaced by the null class (classifier-free guidance)."""
+    class_dropout_per: Literal["sample", "batch"] = "sample"
+    ema_half_life: int | None = 100_000
+    """In images; None: no moving average."""
+    ema_rampup: float = 0.05
+    """The half-life is at most this share of the images seen (EDM), so that early weights fade."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """The synthetic set."""
+
+    load: str | None = None
+    """A folder per class with synthetic images (`--synthetic`): enter the road after this stage."""
+    per_class: int = 1000
+    sampler: Literal["ddpm", "ddpm-authors", "ddim", "dpm-solver-pp-2m"] = "dpm-solver-pp-2m"
+    steps: int = 20
+    """ddpm-authors always walks every timestep."""
+    guidance_scale: float = 2.0
+    """1 = off; the paper's w = guidance_scale - 1."""
+    clip_x0: bool = True
+    """Clamp the predicted image to the range of real pixels at every step."""
+    batch_size: int = 128
+    """Images per batch on one device; short ones are padded, so any split gives the same images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(Optimisation):
+    """A classifier and its training: the target of every method, or the amplifier."""
+
+    model: str = "resnet18"
+    """resnet18, resnet50, densenet121, cnn, mlp, or timm:NAME."""
+    width: int | None = None
+    """cnn and mlp only."""
+    weights: str | None = None
+    """None: from scratch; 'imagenet': from the Hub; else a local safetensors file, timm's names."""
+    image_size: int = 224
+    """Side of the network's input."""
+    pixel_norm: Literal["symmetric", "imagenet"] = "imagenet"
+    augment: Literal["none", "flip", "shift-flip", "shift", "crop-flip"] = "crop-flip"
+    """shift: up to an eighth of the side, edges repeated. crop-flip: RandomResizedCrop and flip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoLabelConfig:
+    """Which real images the amplifier's verdict calls bias-conflicting (paper, Recipe I)."""
+
+    gamma: float = 3.0
+    stats_over: Literal["all", "correct", "wrong"] = "correct"
+    """Open in the paper: images of a class over which the loss's mean and deviation are taken."""
+    filter: Literal["threshold", "none"] = "threshold"
+    """none: the plain error set."""
+    pseudo_groups: Literal["conflicting", "predicted"] = "conflicting"
+    """Groups of ddb-i: (class, pseudo label), the paper's, or (class, predicted class)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupDROConfig:
+    """GroupDRO (Sagawa et al. 2020), for group-dro and the ddb-i methods."""
+
+    step_size: float = 0.01
+    adjustment: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReweightingConfig:
+    """Recipe II. Both of LfF's refinements are open in the paper; defaults by measurement."""
+
+    moving_average: float | None = None
+    class_maximum: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run depends on."""
+
+    preset: str
+    diffusion: DiffusionConfig
+    amplifier: ClassifierConfig
+    classifier: ClassifierConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    pseudo_labels: PseudoLabelConfig = field(default_factory=PseudoLabelConfig)
+    group_dro: GroupDROConfig = field(default_factory=GroupDROConfig)
+    reweighting: ReweightingConfig = field(default_factory=ReweightingConfig)
+    methods: tuple[str, ...] = ("erm", "ddb-i", "ddb-ii")
+    seeds: tuple[int, ...] = (0,)
+    """A classifier per method and seed; generator and amplifier are shared."""
+    seed: int = 0
+    """Of the diffusion model, the synthetic set and the amplifier."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    threads: int | None = None
+    """CPU threads of each process; None: every core, shared by the processes of this machine."""
+    out: str = "runs/run"
+    checkpoint_minutes: float = 5.0
+    checkpoint_images: int | None = None
+    """Also checkpoint every so many images."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    progress: bool = True
+
+    def __post_init__(self):
+        unknown = [m for m in self.methods if m not in METHODS]
+        if unknown or not self.methods:
+            raise ValueError(f"methods: {unknown or 'none given'}; known: {', '.join(METHODS)}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds: {self.seeds}: at least one, each once")
+
+
+# The fields that the results of each stage depend on; `data.path` is left out (below) because the
+# contents of the data, not their place, are what matters.
+_DATA = ("data",)
+_DIFFUSION = (*_DATA, "diffusion", "seed", "precision")
+_SAMPLING = (*_DIFFUSION, "sampling")
+_AMPLIFIER = (*_SAMPLING, "amplifier")
+_SCORES = (*_AMPLIFIER, "pseudo_labels")
+_TARGET = (*_DATA, "classifier", "precision")
+STAGE_FIELDS: dict[str, tuple[str, ...]] = {
+    "data": (*_DATA, "diffusion.image_size"),
+    "diffusion": _DIFFUSION,
+    "synthetic": _SAMPLING,
+    "amplifier": _AMPLIFIER,
+    "scores": _SCORES,
+    "erm": _TARGET,
+    "group-dro": (*_TARGET, "group_dro"),
+    "ddb-i": (*_TARGET, *_SCORES, "group_dro"),
+    "ddb-i-error-set": (*_TARGET, *_SCORES, "group_dro"),
+    "ddb-i-predicted": (*_TARGET, *_SCORES, "group_dro"),
+    "ddb-ii": (*_TARGET, *_SCORES, "reweighting"),
+}
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a dataclass as {"section.field": value}, tuples as lists (JSON's types)."""
+    leaves = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            leaves |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            leaves[prefix + f.name] = list(value) if isinstance(value, tuple) else value
+    return leaves
+
+
+def stage_fields(config: RunConfig, stage: str) -> dict[str, Any]:
+    """The flattened fields that the results of `stage` depend on."""
+    names = STAGE_FIELDS[stage]
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key != "data.path" and any(key == n or key.startswith(f"{n}.") for n in names)
+    }
+
+
+def fields_hash(values: dict[str, Any]) -> str:
+    """A short stable name of a set of fields."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def coerce(value: Any, hint: Any, name: str) -> Any:
+    """`value`, from JSON or typed, as the type a field declares; ValueError names the field."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, prefix=f"{name}.")
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        return coerce(value, next(o for o in options if o is not type(None)), name)
+    if origin is Literal:
+        if value not in options:
+            raise ValueError(f"{name}: {value!r} is none of {', '.join(map(str, options))}")
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else str(value).replace(",", " ").split()
+        return tuple(coerce(item, options[0], name) for item in items)
+    if hint is bool:
+        known = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in known:
+            return known[str(value).lower()]
+        raise ValueError(f"{name}: {value!r} is not true or false")
+    if hint is str:
+        return str(value)
+    number = value.replace("_", "") if isinstance(value, str) else value
+    try:
+        if isinstance(number, bool):
+            raise ValueError
+        converted = float(number)
+        if hint is int:
+            if converted != int(converted):
+                raise ValueError
+            return int(number) if isinstance(number, str) and number.isdigit() else int(converted)
+    except (TypeError, ValueError, OverflowError):
+        kind = "a whole number" if hint is int else "a number"
+        raise ValueError(f"{name}: {value!r} is not {kind}") from None
+    return converted
+
+
+def from_dict(cls: type, values: dict[str, Any], *, prefix: str = "") -> Any:
+    """A dataclass from nested dictionaries; unknown and missing fields are ValueErrors."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or cls.__name__}: expected fields, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"unknown field: {', '.join(prefix + name for name in unknown)}")
+    arguments = {k: coerce(v, hints[k], prefix + k) for k, v in values.items()}
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{prefix.rstrip('.') or cls.__name__}: {error}") from None
+
+
+def to_json(config: Any) -> str:
+    """Any configuration dataclass as JSON text."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, cls: type = RunConfig) -> Any:
+    """The inverse of `to_json`."""
+    return from_dict(cls, json.loads(text))
+
+
+def with_fields(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """`config` with flattened fields ("diffusion.lr") replaced; values may be strings."""
+    nested = dataclasses.asdict(config)
+    for key, value in changes.items():
+        *sections, leaf = key.split(".")
+        node = nested
+        for section in sections:
+            node = node.get(section) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or leaf not in node:
+            raise ValueError(f"unknown field: {key}")
+        node[leaf] = value
+    return from_dict(RunConfig, nested)

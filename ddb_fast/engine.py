@@ -1,0 +1,201 @@
+"""The one training loop: every network of a run is trained by `fit`.
+
+A step is a pure function of (weights, seed, step number, rank): the images of a batch come from a
+sampler addressed by step and the random numbers are reseeded for each step. A run continued from a
+checkpoint therefore takes the very steps the undisturbed run takes, with no generator to restore.
+"""
+
+import contextlib
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ddb_fast import checkpoint
+from ddb_fast.config import Optimisation
+from ddb_fast.trackers import Progress, RunLog
+
+logger = logging.getLogger(__name__)
+
+
+class Sampler(Protocol):
+    """Which samples a step sees; a pure function of the step, so that nothing needs resuming."""
+
+    def batch(self, step: int, batch_size: int) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """Where and how often `fit` saves what it needs to continue."""
+
+    path: Path
+    minutes: float = 5.0
+    images: int | None = None
+
+
+def step_seed(*parts: object) -> int:
+    """A 63-bit seed from names and numbers, so that no two streams of a run are related."""
+    text = "/".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def learning_rate(config: Optimisation, images: int) -> float:
+    """The rate after `images` of `config.images` images: linear warm-up, then the schedule."""
+    progress = images / config.images
+    if progress < config.warmup:
+        rise = progress / config.warmup
+        return config.lr * (config.warmup_from + (1 - config.warmup_from) * rise)
+    if config.lr_schedule == "constant":
+        return config.lr
+    span = 1 - config.warmup if config.lr_schedule == "cosine" else 1.0
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - config.warmup) / span))
+
+
+def build_optimizer(config: Optimisation, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW (fused) or SGD over all parameters, as the configuration says."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+class EMA:
+    """Exponential moving average of a module's parameters; buffers are copied.
+
+    The half-life is counted in images and is at most `rampup` of the images seen so far (EDM,
+    Karras et al. 2022), so that the first weights are forgotten early in training.
+    """
+
+    def __init__(self, module: nn.Module, *, half_life: int, rampup: float):
+        self._module, self._half_life, self._rampup = module, half_life, rampup
+        self.tensors = {k: t.detach().clone() for k, t in module.state_dict().items()}
+        names = dict(module.named_parameters())
+        self._averaged = [self.tensors[name] for name in names]
+        self._live = list(names.values())
+        self._copied = [name for name in self.tensors if name not in names]
+
+    def weight(self, images: int, batch_size: int) -> float:
+        """How far the average moves after a batch that ends at `images` images."""
+        half_life = min(self._half_life, self._rampup * images)
+        return 1.0 - 0.5 ** (batch_size / half_life)
+
+    @torch.no_grad()
+    def update(self, images: int, batch_size: int) -> None:
+        torch._foreach_lerp_(self._averaged, self._live, self.weight(images, batch_size))
+        if self._copied:
+            state = self._module.state_dict()
+            for name in self._copied:
+                self.tensors[name].copy_(state[name])
+
+
+def fit(
+    accelerator: Accelerator,
+    network: nn.Module,
+    loss_of: Callable[[nn.Module, Tensor], Tensor],
+    *,
+    config: Optimisation,
+    sampler: Sampler,
+    stage: str,
+    seed: int,
+    log: RunLog,
+    checkpoints: Checkpoints,
+    recipe: nn.Module | None = None,
+    ema: EMA | None = None,
+    show_progress: bool = True,
+) -> float:
+    """Train `network` in place for `config.images` images; return the seconds it took in all.
+
+    Args:
+        loss_of: (model, index (b,) int64 on the device) -> the scalar loss of this device's share
+            of the batch. The model it is given may be wrapped for mixed precision and DDP.
+        recipe: a module whose buffers are part of the training state (group weights, tables).
+        ema: moving average updated after each step; its tensors are saved with the checkpoint.
+
+    Raises:
+        ValueError: `batch_size` is not a multiple of devices x `accumulate`, or the checkpoint
+            found belongs to another network.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    size, parts = config.batch_size, config.accumulate
+    if size % (world * parts):
+        raise ValueError(
+            f"{stage}: batch_size {size} is not a multiple of {world} devices x {parts} accumulated"
+        )
+    optimizer = build_optimizer(config, [p for p in network.parameters() if p.requires_grad])
+    start, seconds = 0, 0.0
+    if checkpoints.path.exists():
+        tensors, metadata = checkpoint.load_tensors(checkpoints.path)
+        checkpoint.load_into(
+            network, checkpoint.select(tensors, "model"), source=str(checkpoints.path)
+        )
+        checkpoint.load_optimizer(optimizer, checkpoint.select(tensors, "optimizer"))
+        if recipe is not None:
+            recipe.load_state_dict(checkpoint.select(tensors, "recipe"))
+        if ema is not None:
+            for name, tensor in checkpoint.select(tensors, "ema").items():
+                ema.tensors[name].copy_(tensor)
+        start, seconds = metadata["step"], metadata["seconds"]
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(metadata["scaler"])
+        logger.info("%s: continues after %d images", stage, start * size)
+
+    model, prepared = accelerator.prepare(network, optimizer)
+    model.train()
+    steps = math.ceil(config.images / size)
+    began = saved_at = time.monotonic()
+    images_saved = start * size
+
+    def save(step: int) -> None:
+        tensors = checkpoint.with_prefix("model", network.state_dict())
+        tensors |= checkpoint.with_prefix("optimizer", checkpoint.optimizer_tensors(optimizer))
+        if recipe is not None:
+            tensors |= checkpoint.with_prefix("recipe", recipe.state_dict())
+        if ema is not None:
+            tensors |= checkpoint.with_prefix("ema", ema.tensors)
+        metadata = {"step": step, "seconds": seconds + time.monotonic() - began}
+        if accelerator.scaler is not None:
+            metadata["scaler"] = accelerator.scaler.state_dict()
+        checkpoint.save_tensors(checkpoints.path, tensors, metadata)
+
+    shown = show_progress and accelerator.is_main_process
+    bar = Progress(log, stage, total=steps * size, start=start * size, shown=shown)
+    with bar:
+        for step in range(start, steps):
+            torch.manual_seed(step_seed(seed, stage, step, rank))
+            shares = sampler.batch(step, size).view(world, parts, -1)[rank]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step * size)
+            total = torch.zeros((), device=accelerator.device)
+            for part, share in enumerate(shares):
+                last = part == parts - 1
+                with accelerator.no_sync(model) if not last else contextlib.nullcontext():
+                    loss = loss_of(model, share.to(accelerator.device)) / parts
+                    accelerator.backward(loss)
+                total += loss.detach()
+            if config.grad_clip is not None:
+                accelerator.clip_grad_norm_(model.parameters(), config.grad_clip)
+            prepared.step()
+            prepared.zero_grad(set_to_none=True)
+            images = (step + 1) * size
+            if ema is not None:
+                ema.update(images, size)
+            bar.update(size, total)
+            due = time.monotonic() - saved_at > 60 * checkpoints.minutes or (
+                checkpoints.images is not None and images - images_saved >= checkpoints.images
+            )
+            if due and accelerator.is_main_process and step + 1 < steps:
+                save(step + 1)
+                saved_at, images_saved = time.monotonic(), images
+    # Gives the network its own forward back, and lets go of the optimiser.
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    return seconds + time.monotonic() - began

@@ -1,0 +1,232 @@
+"""The generator's two stages: training the diffusion model and sampling the synthetic set."""
+
+import io
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ddb_fast import checkpoint
+from ddb_fast.config import DiffusionConfig, from_dict
+from ddb_fast.context import Context
+from ddb_fast.data.pixels import normalise
+from ddb_fast.data.samplers import ShuffledSampler
+from ddb_fast.data.store import gather, resident
+from ddb_fast.diffusion.generate import generate_batch, plan
+from ddb_fast.diffusion.losses import diffusion_loss
+from ddb_fast.diffusion.schedule import make_schedule
+from ddb_fast.engine import EMA, fit, step_seed
+from ddb_fast.models.unet import UNet
+from ddb_fast.trackers import Progress
+
+
+def build_unet(config: DiffusionConfig, num_classes: int) -> UNet:
+    """The network of a diffusion configuration, channels_last."""
+    unet = UNet(config.unet, num_classes=num_classes, timesteps=config.timesteps)
+    return unet.to(memory_format=torch.channels_last)
+
+
+def train_diffusion(context: Context, folder: Path) -> float:
+    """Train the class-conditional generator; write `model.safetensors`; return seconds."""
+    config, accelerator = context.config.diffusion, context.accelerator
+    train = context.data.splits["train"]
+    torch.manual_seed(step_seed(context.config.seed, "diffusion", "weights"))
+    unet = build_unet(config, len(context.data.classes)).to(context.device)
+    images = resident(train.small, context.device)
+    y = train.y.to(context.device)
+    schedule = make_schedule(config)
+    ema = None
+    if config.ema_half_life is not None:
+        ema = EMA(unet, half_life=config.ema_half_life, rampup=config.ema_rampup)
+
+    def loss_of(model: nn.Module, index: Tensor) -> Tensor:
+        x0 = normalise(gather(images, index, context.device), config.pixel_norm)
+        return diffusion_loss(
+            model,
+            x0,
+            y[index],
+            schedule=schedule,
+            null_class=unet.null_class,
+            target=config.target,
+            class_dropout=config.class_dropout,
+            class_dropout_per=config.class_dropout_per,
+            loss_scale=config.loss_scale,
+        )
+
+    saved = folder / "checkpoints" / "last.safetensors"
+    seconds = fit(
+        accelerator,
+        unet,
+        loss_of,
+        config=config,
+        sampler=ShuffledSampler(len(train), seed=context.config.seed),
+        stage="diffusion",
+        seed=context.config.seed,
+        log=context.log,
+        checkpoints=context.checkpoints(saved),
+        ema=ema,
+        show_progress=context.config.progress,
+    )
+    if accelerator.is_main_process:
+        save_diffusion(
+            folder, ema.tensors if ema else unet.state_dict(), config, context.data.classes
+        )
+        saved.unlink(missing_ok=True)
+    return seconds
+
+
+def save_diffusion(
+    folder: Path, tensors: dict[str, Tensor], config: DiffusionConfig, classes: tuple[str, ...]
+) -> None:
+    """Write a generator with everything needed to sample from it."""
+    metadata = {"diffusion": asdict(replace(config, load=None)), "classes": list(classes)}
+    checkpoint.save_tensors(folder / "model.safetensors", tensors, metadata)
+
+
+def _description(path: Path) -> tuple[DiffusionConfig, tuple[str, ...]]:
+    metadata = checkpoint.read_metadata(path)
+    if not {"diffusion", "classes"} <= set(metadata):
+        raise ValueError(f"{path}: not a diffusion model written by ddb_fast")
+    config = from_dict(DiffusionConfig, metadata["diffusion"], prefix="diffusion.")
+    return config, tuple(metadata["classes"])
+
+
+def read_diffusion_config(folder: Path) -> DiffusionConfig:
+    """The configuration of the generator saved in `folder`; ValueError if none is."""
+    return _description(folder / "model.safetensors")[0]
+
+
+def load_diffusion(folder: Path) -> tuple[UNet, DiffusionConfig, tuple[str, ...]]:
+    """The generator saved in `folder`, its configuration and class names; ValueError if none is."""
+    path = folder / "model.safetensors"
+    config, classes = _description(path)
+    unet = build_unet(config, len(classes))
+    checkpoint.load_into(unet, checkpoint.load_tensors(path)[0], source=str(path))
+    return unet.eval(), config, classes
+
+
+def synthesise(context: Context, diffusion_folder: Path, folder: Path) -> float:
+    """Sample the synthetic set, sharded over processes and resumable; return this run's seconds.
+
+    Image k depends on the weights, its label and its own seed only: every batch is padded to the
+    configured size, so world size and interruptions do not change a byte.
+    """
+    began = time.monotonic()
+    config, accelerator = context.config.sampling, context.accelerator
+    unet, diffusion, _ = load_diffusion(diffusion_folder)
+    unet.to(context.device)
+    schedule = make_schedule(diffusion)
+    labels, seeds = plan(len(context.data.classes), config.per_class, context.config.seed)
+    parts = torch.arange(len(labels)).split(config.batch_size)
+    shards = folder / "shards"
+    shown = context.config.progress and accelerator.is_main_process
+    own = range(accelerator.process_index, len(parts), accelerator.num_processes)
+    missing = [b for b in own if not (shards / f"{b:06d}.safetensors").exists()]
+    total = sum(len(parts[b]) for b in own)
+    start = total - sum(len(parts[b]) for b in missing)
+    bar = Progress(context.log, "synthetic", total=total, start=start, shown=shown)
+    with bar:
+        for b in missing:
+            part = parts[b]
+            with accelerator.autocast():
+                images = generate_batch(
+                    unet,
+                    labels[part],
+                    seeds[part],
+                    schedule=schedule,
+                    target=diffusion.target,
+                    sampler=config.sampler,
+                    steps=config.steps,
+                    guidance_scale=config.guidance_scale,
+                    clip_x0=config.clip_x0,
+                    pixel_norm=diffusion.pixel_norm,
+                    image_size=diffusion.image_size,
+                    pad_to=config.batch_size,
+                )
+            shard = {"images": images, "labels": labels[part], "seeds": seeds[part]}
+            checkpoint.save_tensors(shards / f"{b:06d}.safetensors", shard, {})
+            bar.update(len(part))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        loaded = [
+            checkpoint.load_tensors(shards / f"{b:06d}.safetensors")[0] for b in range(len(parts))
+        ]
+        merged = {name: torch.cat([shard[name] for shard in loaded]) for name in loaded[0]}
+        save_synthetic(context, folder, merged)
+        for path in shards.iterdir():
+            path.unlink()
+        shards.rmdir()
+    return time.monotonic() - began
+
+
+def save_synthetic(context: Context, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write `images.safetensors` and a picture of the first images of each class."""
+    classes = context.data.classes
+    checkpoint.save_tensors(folder / "images.safetensors", tensors, {"classes": list(classes)})
+    rows = []
+    for label in range(len(classes)):
+        row = tensors["images"][tensors["labels"] == label][:10]
+        blank = row.new_zeros((10 - len(row), *row.shape[1:]))
+        rows.append(torch.cat([*row, *blank], dim=2))
+    picture = Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).contiguous().numpy())
+    scale = max(1, 48 // tensors["images"].shape[-1])
+    picture = picture.resize(
+        (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
+    )
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    checkpoint.write_atomically(folder / "grid.png", buffer.getvalue())
+
+
+def import_diffusion(context: Context, folder: Path) -> None:
+    """Take over a trained generator (`--diffusion DIR`): a run's `diffusion/`, or an import."""
+    source = Path(context.config.diffusion.load)
+    unet, config, classes = load_diffusion(source)
+    if len(classes) != len(context.data.classes):
+        raise ValueError(
+            f"{source} generates {len(classes)} classes, the data has {len(context.data.classes)}"
+        )
+    if context.accelerator.is_main_process:
+        save_diffusion(folder, unet.state_dict(), config, tuple(context.data.classes))
+
+
+def import_synthetic(context: Context, folder: Path) -> None:
+    """Take over synthetic images (`--synthetic DIR`, a folder per class), squashed to size."""
+    source, classes = context.config.sampling.load, context.data.classes
+    listing = list_folder(source)
+    if tuple(listing.classes) != tuple(classes):
+        raise ValueError(f"{source}: its classes {listing.classes} are not the data's {classes}")
+    size = context.config.diffusion.image_size
+    if context.accelerator.is_main_process:
+        images = torch.stack([squash(listing.read(i), size) for i in range(len(listing.paths))])
+        labels = torch.as_tensor(listing.y)
+        # No seed made these images; -1 says so where generated ones carry theirs.
+        tensors = {"images": images, "labels": labels, "seeds": torch.full_like(labels, -1)}
+        save_synthetic(context, folder, tensors)
+
+
+def import_checkpoint(source: Path, folder: Path, image_size: int) -> str:
+    """Convert a checkpoint of the authors' code into a folder for `--diffusion`; say what it is.
+
+    Their weights live in ImageNet-normalised pixels, without a moving average; classes are numbered
+    as theirs, which follow the sorted folder names. ValueError for any other file.
+    """
+    unet = from_authors(read_authors_checkpoint(source))
+    classes = tuple(str(label) for label in range(unet.num_classes))
+    theirs = replace(
+        PRESETS["ddb"]().diffusion,
+        unet=unet.config,
+        timesteps=unet.timesteps,
+        image_size=image_size,
+        pixel_norm="imagenet",
+        ema_half_life=None,
+        loss_scale="authors",
+        class_dropout_per="batch",
+    )
+    save_diffusion(folder, unet.state_dict(), theirs, classes)
+    write_atomically(folder / "config.json", to_json(theirs))
+    parameters = sum(p.numel() for p in unet.parameters())
+    return f"{folder}: {len(classes)} classes, {unet.timesteps} steps, {parameters / 1e6:.1f} M"

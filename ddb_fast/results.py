@@ -1,0 +1,155 @@
+"""results.json and the table a person reads, from the files that the stages left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ddb_fast import checkpoint
+from ddb_fast.classification import Scores
+from ddb_fast.config import RunConfig
+from ddb_fast.data.store import ImageData
+from ddb_fast.metrics import (
+    accuracies,
+    auroc,
+    average_precision,
+    merge_group_tables,
+    null,
+    precision_recall,
+    summarise,
+)
+
+COLUMNS = {
+    "average_accuracy": "average",
+    "unbiased_accuracy": "unbiased",
+    "worst_group_accuracy": "worst group",
+    "aligned_accuracy": "aligned",
+    "conflicting_accuracy": "conflicting",
+}
+"""Metrics of the printed table and their headings."""
+
+
+def collect_results(
+    path: Path, config: RunConfig, data: ImageData, scores: Scores | None, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """The contents of results.json: fractions of 1, None where labels are needed and absent."""
+    methods = {}
+    for method in config.methods:
+        files = [
+            path / "classifiers" / method / f"seed{seed}" / "metrics.json" for seed in config.seeds
+        ]
+        tests = [json.loads(file.read_text("utf-8")).get("test") for file in files]
+        if None in tests:
+            methods[method] = {"metrics": {}, "groups": []}
+            continue
+        metrics = {
+            name: summarise([test["metrics"][name] for test in tests])
+            for name in tests[0]["metrics"]
+        }
+        tables = [test["groups"] for test in tests]
+        groups = merge_group_tables(tables) if tables[0] else []
+        methods[method] = {"metrics": metrics, "groups": groups}
+    return {
+        "format": 1,
+        "dataset": data.name,
+        "preset": config.preset,
+        "split": "test",
+        "selection": "last",
+        "seeds": list(config.seeds),
+        "methods": methods,
+        "synthetic": _synthetic(path / "synthetic" / "images.safetensors", data),
+        "amplifier": None if scores is None else _amplifier(scores, data),
+        "seconds": seconds,
+    }
+
+
+def _synthetic(path: Path, data: ImageData) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    tensors, _ = checkpoint.load_tensors(path)
+    labels, groups = tensors["labels"], data.groups("train")
+    share = by = None
+    if data.bias_of is not None and groups is not None:
+        a = data.bias_of(tensors["images"])
+        share = groups.with_labels(labels, a).bias_aligned.double().mean().item()
+        by = data.bias_of.__name__
+    return {"count": len(labels), "aligned_share": share, "aligned_by": by}
+
+
+def _amplifier(scores: Scores, data: ImageData) -> dict[str, Any]:
+    names = ("auroc", "average_precision", "pseudo_precision", "pseudo_recall")
+    groups, values = data.groups("train"), dict.fromkeys(names)
+    correct = scores.predicted == data.splits["train"].y
+    if groups is None:
+        return {"split": "train", **values, "aligned_accuracy": None, "conflicting_accuracy": None}
+    conflicting = ~groups.bias_aligned
+    precision, recall = precision_recall(scores.conflicting, conflicting)
+    figures = (
+        auroc(scores.score, conflicting),
+        average_precision(scores.score, conflicting),
+        precision,
+        recall,
+    )
+    measured = accuracies(correct, groups)
+    return {
+        "split": "train",
+        **{name: null(value) for name, value in zip(names, figures, strict=True)},
+        "aligned_accuracy": null(measured["aligned_accuracy"]),
+        "conflicting_accuracy": null(measured["conflicting_accuracy"]),
+    }
+
+
+def percent(summary: dict[str, Any] | None) -> str:
+    """A summarised metric in percent, `mean ± std` over the seeds; a dash where undefined."""
+    if summary is None or summary["mean"] is None:
+        return "-"
+    text = f"{100 * summary['mean']:.1f}"
+    return text if summary["std"] is None else f"{text} ± {100 * summary['std']:.1f}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The methods as a Markdown table, with what was found about the bias below it."""
+    shown = [
+        name
+        for name in COLUMNS
+        if any(percent(m["metrics"].get(name)) != "-" for m in results["methods"].values())
+    ]
+    rows = [["method", *(COLUMNS[name] for name in shown)]]
+    rows += [
+        [method, *(percent(entry["metrics"].get(name)) for name in shown)]
+        for method, entry in results["methods"].items()
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    seeds = len(results["seeds"])
+    note = f"accuracy on the {results['split']} split, %"
+    if seeds > 1:
+        note += f"; mean ± standard deviation of {seeds} seeds (generator and amplifier shared)"
+    return "\n".join(["", note, "", *lines, "", *findings(results)])
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    """What the run found out about the bias, a line each; only what was measured."""
+    lines = []
+    synthetic, amplifier = results["synthetic"], results["amplifier"]
+    if synthetic is not None and synthetic["aligned_share"] is not None:
+        lines.append(
+            f"synthetic images that follow the bias: {100 * synthetic['aligned_share']:.1f} % "
+            f"of {synthetic['count']}"
+        )
+    if amplifier is not None and amplifier["auroc"] is not None:
+        lines.append(
+            f"amplifier finds the bias-conflicting training images: "
+            f"AUROC {amplifier['auroc']:.4f}, precision {_figure(amplifier['pseudo_precision'])}, "
+            f"recall {_figure(amplifier['pseudo_recall'])}"
+        )
+    total = sum(results["seconds"].values())
+    lines.append(f"{total:.0f} s in all stages")
+    return lines
+
+
+def _figure(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"

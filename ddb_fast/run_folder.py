@@ -1,0 +1,130 @@
+"""A run's folder: what is done, with which fields, and refusal to mix two configurations.
+
+`manifest.json` holds, for each stage begun, the fields it depends on and whether it is done.
+A stage is done only after its files were renamed into place, so a killed run is never trusted
+further than it got.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ddb_fast
+from ddb_fast.checkpoint import write_atomically
+from ddb_fast.config import RunConfig, fields_hash, stage_fields, to_json
+
+
+def _git_commit() -> str | None:
+    """The commit of a source checkout; None for an installed package."""
+    folder = Path(ddb_fast.__file__).parent
+    if not (folder.parent / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True
+        )
+    except OSError:  # no git on this machine
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions that a result depends on, for the manifest and the report."""
+    import accelerate
+    import numpy
+
+    return {
+        "ddb_fast": ddb_fast.__version__,
+        "git": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+class RunFolder:
+    """The folder of one run, shared by all processes; only the main one writes.
+
+    Every process keeps the same record in memory and so takes the same branch at every stage.
+    """
+
+    def __init__(self, config: RunConfig, *, fingerprint: str, device: str, writes: bool):
+        self.path = Path(config.out)
+        self._config, self._writes = config, writes
+        self._fingerprint = fingerprint
+        self._manifest_path = self.path / "manifest.json"
+        self._stages: dict[str, dict[str, Any]] = {}
+        if self._manifest_path.exists():
+            try:
+                self._stages = json.loads(self._manifest_path.read_text("utf-8"))["stages"]
+            except (json.JSONDecodeError, KeyError) as error:
+                raise ValueError(f"{self._manifest_path}: not a manifest ({error})") from None
+            self._refuse_differences()
+        elif self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
+            raise ValueError(f"{self.path} holds files but no run; name another folder with --out")
+        self._header = {
+            "format": 1,
+            "command": sys.argv,
+            "device": device,
+            "versions": versions(),
+        }
+
+    def open(self) -> None:
+        """Create the folder or record the new command; call it once every process has read it."""
+        if self._writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write()
+            write_atomically(self.path / "config.json", to_json(self._config))
+
+    def _fields(self, key: str) -> dict[str, Any]:
+        stage = key.split("/")[0]
+        return {**stage_fields(self._config, stage), "data.fingerprint": self._fingerprint}
+
+    def _refuse_differences(self) -> None:
+        differences = {}
+        for key, entry in self._stages.items():
+            asked = self._fields(key)
+            for name in sorted(set(asked) | set(entry["fields"])):
+                there, here = entry["fields"].get(name), asked.get(name)
+                if there != here:
+                    differences[name] = f"{name} is {there} there, {here} here"
+        if differences:
+            raise ValueError(
+                f"{self.path} holds a run with another configuration: "
+                f"{'; '.join(differences.values())}. Name another folder with --out"
+            )
+
+    def _write(self) -> None:
+        if self._writes:
+            content = {**self._header, "seconds": self.seconds(), "stages": self._stages}
+            write_atomically(self._manifest_path, json.dumps(content, indent=2) + "\n")
+
+    def done(self, key: str) -> bool:
+        """Whether the results of `stage` or `method/seedN` are complete."""
+        return self._stages.get(key, {}).get("done", False)
+
+    def begin(self, key: str) -> None:
+        """Record that a stage was begun with today's fields: from here they are binding."""
+        fields = self._fields(key)
+        self._stages[key] = {"done": False, "hash": fields_hash(fields), "fields": fields}
+        self._write()
+
+    def finish(self, key: str, seconds: float) -> None:
+        """Record that the files of a stage are in place."""
+        self._stages[key] |= {"done": True, "seconds": round(seconds, 3)}
+        self._write()
+
+    def forget(self, key: str) -> None:
+        """Undo `begin`: the stage refused its input and left nothing."""
+        del self._stages[key]
+        self._write()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each finished stage."""
+        return {key: e["seconds"] for key, e in self._stages.items() if e["done"]}

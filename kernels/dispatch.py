@@ -1,0 +1,147 @@
+"""Which backend runs an op: one choice, by a list of reasons.
+
+Order of precedence: the `backend=` argument, `use_backend(...)`, the environment variable
+`DDB_FAST_BACKEND` ("group_norm=torch,attention=reference", read at the first call), automatic. A
+backend asked for by name runs or raises ValueError with its reasons; automatic takes the first one of
+`BACKENDS` that has no reason not to.
+
+`torch.compile` resolves the choice while it traces: a compiled graph keeps the backends it was traced
+with, so `use_backend` belongs around the first call.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from . import reference, torch_backend
+
+ENVIRONMENT_VARIABLE = "DDB_FAST_BACKEND"
+
+# An op, and the name under which its backend is chosen.
+OPS = {"group_norm": "group_norm", "attention": "attention", "attention_qkv": "attention"}
+
+_log = logging.getLogger("ddb_fast.kernels")
+_logged: set[tuple[str, str, str]] = set()
+_context: ContextVar[Mapping[str, str]] = ContextVar(
+    "ddb_fast_backends", default=MappingProxyType({})
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the ops.
+
+    `why_not(op, *arguments)` lists the reasons why it cannot run `op` (a key of `OPS`) on these
+    arguments, the positional ones of the op (x and num_groups; q, k and v; qkv and num_heads);
+    without arguments, the reasons why it cannot run `op` on this machine at all; [] means that it
+    can. `ops` maps the name of an op to its function, which is called with arguments that `ops.py`
+    has checked and brought into the shape it documents.
+    """
+
+    name: str
+    why_not: Callable[..., list[str]]
+    ops: Mapping[str, Callable[..., Any]]
+
+
+# In the order in which automatic tries them.
+BACKENDS = (
+    Backend("torch", torch_backend.why_not, torch_backend.OPS),
+    Backend("reference", reference.why_not, reference.OPS),
+)
+
+
+@contextmanager
+def use_backend(*, group_norm: str | None = None, attention: str | None = None) -> Iterator[None]:
+    """Choose backends by name for the calls inside; a context manager and a decorator.
+
+    None leaves an op to the enclosing choice. The choice belongs to the current thread or task.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    asked = {"group_norm": group_norm, "attention": attention}
+    asked = {op: name for op, name in asked.items() if name is not None}
+    for name in asked.values():
+        _backend(name)
+    token = _context.set({**_context.get(), **asked})
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def backends() -> dict[str, dict[str, list[str]]]:
+    """List, for each op and backend, the reasons why it is not available here; [] = available."""
+    return {
+        op: {backend.name: backend.why_not(op) for backend in BACKENDS}
+        for op in dict.fromkeys(OPS.values())
+    }
+
+
+def choose(op: str, name: str | None, *arguments: Any) -> Callable[..., Any]:
+    """Return the function that runs `op` on these arguments.
+
+    Raises:
+        ValueError: the backend asked for by name does not exist or cannot run the op, or automatic
+            finds none that can; the message holds the reasons.
+    """
+    if name is None:
+        name = _asked_for(OPS[op])
+    if name is not None:
+        backend = _backend(name)
+        if reasons := backend.why_not(op, *arguments):
+            raise ValueError(f"{op}: backend {name!r} cannot run this: {'; '.join(reasons)}")
+        return backend.ops[op]
+    refused = []
+    for backend in BACKENDS:
+        reasons = backend.why_not(op, *arguments)
+        if not reasons:
+            return backend.ops[op]
+        for reason in reasons:
+            _log_once(op, backend.name, reason)
+            refused.append(f"{backend.name}: {reason}")
+    raise ValueError(f"{op}: no backend can run this: {'; '.join(refused)}")
+
+
+def _backend(name: str) -> Backend:
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    names = ", ".join(backend.name for backend in BACKENDS)
+    raise ValueError(f"no backend is called {name!r}; there are: {names}")
+
+
+# Dynamo cannot trace a ContextVar; as a constant of the trace the choice costs no graph break.
+@torch.compiler.assume_constant_result
+def _asked_for(op: str) -> str | None:
+    return _context.get().get(op) or _environment().get(op)
+
+
+@functools.cache
+def _environment() -> dict[str, str]:
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    chosen = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        op, _, name = part.partition("=")
+        if op not in OPS.values() or not name:
+            raise ValueError(
+                f"{ENVIRONMENT_VARIABLE}={text!r}: {part!r} is not op=backend with op one of "
+                f"{', '.join(dict.fromkeys(OPS.values()))}"
+            )
+        chosen[op] = _backend(name).name
+    return chosen
+
+
+@torch.compiler.assume_constant_result
+def _log_once(op: str, backend: str, reason: str) -> None:
+    if (op, backend, reason) not in _logged:
+        _logged.add((op, backend, reason))
+        _log.info("%s: not %s, because %s", op, backend, reason)

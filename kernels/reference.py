@@ -1,0 +1,155 @@
+"""The truth for every op, written to be read: plain torch in fp32, or in fp64 for fp64 inputs.
+
+Every other backend is tested against these functions. They are differentiable by autograd and take
+the arguments that `ops.py` has checked: x is (N, C, H, W), contiguous or channels_last.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def why_not(op: str, *arguments: Any) -> list[str]:
+    """Nothing: the reference runs every op everywhere."""
+    return []
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """Return the layout of an (N, C, H, W) tensor that is contiguous or channels_last."""
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    pre_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    residual: Tensor | None,
+    return_sum: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y = dropout(act(GN(x + pre_bias + residual) * (1 + scale) + shift)), see `ops.group_norm`.
+
+    Group Normalization, Wu and He 2018, equations 1 to 4: mean and biased variance over the
+    C / num_groups channels of a group and all pixels of a sample.
+    """
+    dtype, n, c = x.dtype, x.shape[0], x.shape[1]
+    memory_format = layout(x)
+    x = _exact(x)
+    if pre_bias is not None:
+        x = x + _exact(pre_bias)[..., None, None]
+    if residual is not None:
+        x = x + _exact(residual)
+    total = x
+
+    groups = x.reshape(n, num_groups, c // num_groups, *x.shape[2:])
+    centred = groups - groups.mean((2, 3, 4), keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean((2, 3, 4), keepdim=True) + eps)
+    y = (centred * rstd).reshape(x.shape)
+
+    if weight is not None:
+        y = y * _exact(weight)[:, None, None]
+    if bias is not None:
+        y = y + _exact(bias)[:, None, None]
+    if scale is not None:
+        y = y * (1 + _exact(scale)[:, :, None, None])
+    if shift is not None:
+        y = y + _exact(shift)[:, :, None, None]
+    if activation == "silu":
+        y = y * torch.sigmoid(y)
+    if dropout_p > 0:
+        y = dropout(y, dropout_p, draw_seed(x.device) if seed is None else seed)
+
+    y = y.to(dtype).contiguous(memory_format=memory_format)
+    if not return_sum:
+        return y
+    return y, total.to(dtype).contiguous(memory_format=memory_format)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
+    """o = softmax(q k^T * scale) v, scale = 1 / sqrt(D) if None; Vaswani et al. 2017, equation 1."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    # Autocast would run the two products in half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        scores = _exact(q) @ _exact(k).mT * scale
+        return (torch.softmax(scores, -1) @ _exact(v)).to(q.dtype)
+
+
+def attention_qkv(qkv: Tensor, num_heads: int, *, scale: float | None) -> Tensor:
+    """Attention on a packed (B, S, 3 * H * D) projection; returns (B, S, H * D)."""
+    return pack(attention(*unpack(qkv, num_heads), scale=scale))
+
+
+def unpack(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """View (B, S, 3 * H * D) as q, k and v of (B, H, S, D)."""
+    b, s, width = qkv.shape
+    packed = qkv.view(b, s, 3, num_heads, width // (3 * num_heads))
+    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def pack(o: Tensor) -> Tensor:
+    """Turn (B, H, S, D) into a contiguous (B, S, H * D); a view if o lies in memory as (B, S, H, D)."""
+    return o.transpose(1, 2).flatten(2).contiguous()
+
+
+def dropout(y: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Zero the elements whose `uniform` draw is below p and divide the others by 1 - p."""
+    return y * (uniform(seed, y.shape) >= p) * (1 / (1 - p))
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Draw a 0-d int64 seed from the device's default generator, without waiting for the device."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def uniform(seed: Tensor, shape: torch.Size) -> Tensor:
+    """Draw fp32 numbers in [0, 1) that are a pure function of the seed and the element's index.
+
+    The index counts in row-major order of `shape` whatever the layout in memory. Bit for bit what
+    `triton.language.rand(seed, index)` gives: the first word of Philox, its sign folded away, over
+    2^31. `seed` is a 0-d int64 tensor, never read by the host.
+    """
+    index = torch.arange(shape.numel(), device=seed.device)
+    zero = torch.zeros_like(index)
+    counter = (index & _WORD, index >> 32, zero, zero)
+    word, _, _, _ = philox(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    folded = torch.where(word >> 31 == 0, word, word ^ _WORD)
+    # The largest fp32 with (2^31 - 1) * factor < 1 after rounding.
+    return (folded.to(torch.float32) * 4.6566127342e-10).view(shape)
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10: four random 32-bit words for each counter, held in int64 tensors.
+
+    Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3, section 3.3.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The 64-bit products wrap, which leaves both halves right once masked.
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = (b >> 32 & _WORD) ^ c1 ^ k0, b & _WORD
+        c2, c3 = (a >> 32 & _WORD) ^ c3 ^ k1, a & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+OPS = {"group_norm": group_norm, "attention": attention, "attention_qkv": attention_qkv}

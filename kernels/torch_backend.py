@@ -1,0 +1,140 @@
+"""What torch itself offers: its group norm and its scaled dot product attention.
+
+Differentiable by autograd, takes the arguments that `ops.py` has checked: x is (N, C, H, W),
+contiguous or channels_last. Known limit: torch's CPU kernel for channels_last takes the variance as
+E[x^2] - E[x]^2, in fp32 10 % off where mean / std = 1000; its contiguous kernel is not.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+
+
+def why_not(op: str, *arguments: Any) -> list[str]:
+    """Nothing: torch runs every op on every device it knows."""
+    return []
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    pre_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    residual: Tensor | None,
+    return_sum: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y = dropout(act(GN(x + pre_bias + residual) * (1 + scale) + shift)), see `ops.group_norm`.
+
+    Without a seed dropout is `F.dropout`, which is much faster than a mask addressed by a seed.
+    """
+    if pre_bias is not None:
+        x = x + pre_bias.to(x.dtype)[..., None, None]
+    if residual is not None:
+        x = x + residual
+    if scale is None and shift is None:
+        y = _group_norm(x, num_groups, weight, bias, eps)
+    else:
+        y = _modulated_group_norm(x, num_groups, weight, bias, eps, scale, shift)
+    if activation == "silu":
+        y = F.silu(y, inplace=not y.requires_grad)
+    if dropout_p > 0:
+        y = F.dropout(y, dropout_p) if seed is None else reference.dropout(y, dropout_p, seed)
+    return (y, x) if return_sum else y
+
+
+def _modulated_group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    n, c, h, w = x.shape
+    if n == 0 or not x.is_contiguous():
+        y = _group_norm(x, num_groups, weight, bias, eps)
+        if scale is not None:
+            y = y * (scale + 1).to(x.dtype)[:, :, None, None]
+        return y if shift is None else y + shift.to(x.dtype)[:, :, None, None]
+
+    # All samples as the channels of one: then weight and bias may differ between samples and absorb
+    # scale and shift, which saves a pass over x forward and three backward.
+    dtype = _parameter_dtype(x)
+    gain = x.new_ones((n, c), dtype=dtype) if scale is None else scale.to(dtype) + 1
+    offset = None if shift is None else shift.to(dtype)
+    if bias is not None:
+        bias = bias.to(dtype)
+        offset = gain * bias if offset is None else torch.addcmul(offset, gain, bias)
+    if weight is not None:
+        gain = gain * weight.to(dtype)
+    y = _group_norm(
+        x.view(1, n * c, h, w),
+        n * num_groups,
+        gain.reshape(-1),
+        None if offset is None else offset.reshape(-1),
+        eps,
+    )
+    return y.view(x.shape)
+
+
+def _group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    n, c, h, w = x.shape
+    memory_format = reference.layout(x)
+    dtype = _parameter_dtype(x)
+    if x.device.type != "cpu":
+        # torch's CUDA kernel reads NCHW only, and parameters of x's dtype only.
+        x, dtype = x.contiguous(), x.dtype
+    elif weight is None and bias is None and dtype != x.dtype:
+        # Without an fp32 parameter the statistics would be kept for the backward in half precision.
+        weight = x.new_ones(c, dtype=dtype)
+    # Not F.group_norm, which returns fp32 under autocast and refuses one element per channel.
+    y, _, _ = torch.native_group_norm(
+        x,
+        None if weight is None else weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        n,
+        c,
+        h * w,
+        num_groups,
+        eps,
+    )
+    return y.contiguous(memory_format=memory_format)
+
+
+def _parameter_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
+    """`F.scaled_dot_product_attention`, in q's dtype under autocast too."""
+    device = q.device.type
+    if q.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def attention_qkv(qkv: Tensor, num_heads: int, *, scale: float | None) -> Tensor:
+    """Attention on a packed (B, S, 3 * H * D) projection; returns (B, S, H * D).
+
+    q, k and v are views, and torch's flash kernels lay o out in memory as q: nothing is copied.
+    """
+    return reference.pack(attention(*reference.unpack(qkv, num_heads), scale=scale))
+
+
+OPS = {"group_norm": group_norm, "attention": attention, "attention_qkv": attention_qkv}

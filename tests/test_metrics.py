@@ -1,0 +1,251 @@
+"""Metrics against scikit-learn, hand-worked figures and brute force."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+from sklearn import metrics as sk
+
+from ddb_fast.data.groups import Groups
+from ddb_fast.metrics import (
+    accuracies,
+    auroc,
+    average_precision,
+    group_accuracy,
+    group_table,
+    merge_group_tables,
+    precision_recall,
+    summarise,
+    wilson_interval,
+)
+
+# Groups (0, 0), (0, 1), (1, 0), (1, 1) hold 4, 1, 0 and 3 samples with 3, 0, - and 2 correct.
+GROUPS = Groups.from_labels([0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1], num_biases=2)
+CORRECT = torch.tensor([1, 1, 1, 0, 0, 1, 1, 0], dtype=torch.bool)
+
+
+def test_hand_worked_accuracies():
+    result = accuracies(CORRECT, GROUPS, train_counts=torch.tensor([60, 20, 100, 20]))
+    assert result == pytest.approx(
+        {
+            "average_accuracy": 5 / 8,
+            # The empty group's training share of 100 is left out: (60, 20, 20) / 100.
+            "adjusted_average_accuracy": 0.6 * 3 / 4 + 0.2 * 0 + 0.2 * 2 / 3,
+            "unbiased_accuracy": (3 / 4 + 0 + 2 / 3) / 3,
+            "worst_group_accuracy": 0.0,
+            "aligned_accuracy": 5 / 7,
+            "conflicting_accuracy": 0.0,
+        }
+    )
+
+
+def test_an_empty_group_is_nan_and_never_the_worst():
+    accuracy = group_accuracy(CORRECT, GROUPS)
+    assert accuracy[2].isnan()
+    assert accuracy[[0, 1, 3]].tolist() == pytest.approx([3 / 4, 0, 2 / 3])
+    all_right = accuracies(torch.ones(8, dtype=torch.bool), GROUPS)
+    assert all_right["worst_group_accuracy"] == 1.0
+
+
+def test_without_bias_labels_only_the_average_is_defined():
+    result = accuracies(CORRECT)
+    assert result.pop("average_accuracy") == 5 / 8
+    assert len(result) == 5
+    assert all(math.isnan(value) for value in result.values())
+
+
+def test_without_training_counts_or_conflicting_samples_those_averages_are_undefined():
+    groups = Groups.from_labels([0, 1], [0, 1])
+    result = accuracies(torch.tensor([True, False]), groups)
+    assert math.isnan(result["adjusted_average_accuracy"])
+    assert math.isnan(result["conflicting_accuracy"])
+    assert result["aligned_accuracy"] == 0.5
+
+
+def test_no_sample_at_all_is_undefined_throughout():
+    empty = torch.empty(0, dtype=torch.int64)
+    groups = Groups.from_labels(empty, empty, num_classes=2, num_biases=2)
+    result = accuracies(torch.empty(0, dtype=torch.bool), groups, train_counts=torch.ones(4))
+    assert all(math.isnan(value) for value in result.values())
+
+
+samples = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=60
+)
+
+
+@given(samples)
+@settings(deadline=None)
+def test_accuracies_agree_with_scikit_learn(rows):
+    y, a, predicted = np.array(rows).T
+    groups = Groups.from_labels(y, a, num_classes=3, num_biases=3)
+    result = accuracies(torch.tensor(predicted == y), groups, train_counts=groups.counts)
+    assert result["average_accuracy"] == pytest.approx(sk.accuracy_score(y, predicted))
+    # Weighted by its own group counts the adjusted average is the plain one.
+    assert result["adjusted_average_accuracy"] == pytest.approx(result["average_accuracy"])
+    # A prediction as a group: the sample's own when right, one that no sample has when wrong.
+    g = y * 3 + a
+    as_group = np.where(predicted == y, g, -1)
+    recalls = sk.recall_score(g, as_group, labels=np.unique(g), average=None, zero_division=0)
+    assert result["unbiased_accuracy"] == pytest.approx(recalls.mean())
+    assert result["worst_group_accuracy"] == pytest.approx(recalls.min())
+    for key, of_kind in (("aligned_accuracy", y == a), ("conflicting_accuracy", y != a)):
+        if of_kind.any():
+            expected = sk.accuracy_score(y[of_kind], predicted[of_kind])
+            assert result[key] == pytest.approx(expected)
+        else:
+            assert math.isnan(result[key])
+
+
+def test_one_bias_makes_the_unbiased_accuracy_the_balanced_accuracy():
+    rng = np.random.default_rng(0)
+    y, predicted = rng.integers(0, 4, 200), rng.integers(0, 4, 200)
+    groups = Groups.from_labels(y, np.zeros_like(y))
+    result = accuracies(torch.tensor(predicted == y), groups)
+    assert result["unbiased_accuracy"] == pytest.approx(sk.balanced_accuracy_score(y, predicted))
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    # Wilson intervals that Brown, Cai and DasGupta's formula gives by hand.
+    [
+        (8, 10, 0.4902, 0.9433),
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (50, 100, 0.4038, 0.5962),
+    ],
+)
+def test_wilson_interval_known_values(successes, n, low, high):
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+@settings(max_examples=60, deadline=None)
+def test_wilson_interval_agrees_with_scipy(case):
+    successes, n = case
+    low, high = wilson_interval(successes, n)
+    expected = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert 0 <= low <= successes / n + 1e-12
+    assert successes / n - 1e-12 <= high <= 1
+
+
+def test_wilson_interval_of_nothing_is_nan_and_bad_counts_are_named():
+    assert all(math.isnan(bound) for bound in wilson_interval(0, 0))
+    with pytest.raises(ValueError, match="11 successes among 10"):
+        wilson_interval(11, 10)
+    with pytest.raises(ValueError, match="-1 successes"):
+        wilson_interval(-1, 10)
+
+
+def test_group_table_is_json_and_complete():
+    table = group_table(CORRECT, GROUPS)
+    low, high = wilson_interval(3, 4)
+    assert table[0] == {
+        "name": "y=0 a=0",
+        "y": 0,
+        "a": 0,
+        "n": 4,
+        "accuracy": 0.75,
+        "low": low,
+        "high": high,
+    }
+    assert [row["n"] for row in table] == [4, 1, 0, 3]
+    assert [table[2][key] for key in ("accuracy", "low", "high")] == [None, None, None]
+    assert json.loads(json.dumps(table, allow_nan=False)) == table
+
+
+def test_merged_tables_keep_every_seed_and_the_n_of_one():
+    tables = [group_table(CORRECT, GROUPS), group_table(~CORRECT, GROUPS)]
+    merged = merge_group_tables(tables)
+    assert merged[0]["accuracy"] == [0.75, 0.25]
+    assert (merged[0]["low"], merged[0]["high"]) == wilson_interval(2, 4)
+    assert merged[2]["accuracy"] == [None, None]
+    assert merged[2]["low"] is None
+    assert merged[0]["name"] == "y=0 a=0"
+    other = group_table(CORRECT, Groups.from_labels([0] * 8, [0] * 8, num_biases=2))
+    with pytest.raises(ValueError, match="not of the same groups"):
+        merge_group_tables([tables[0], other])
+    with pytest.raises(ValueError, match="0 group tables"):
+        merge_group_tables([])
+
+
+def test_summarise():
+    assert summarise([0.5, 0.7, 0.9]) == {
+        "mean": pytest.approx(0.7),
+        "std": pytest.approx(0.2),
+        "seeds": [0.5, 0.7, 0.9],
+    }
+    assert summarise([0.5]) == {"mean": 0.5, "std": None, "seeds": [0.5]}
+    assert summarise([0.5, float("nan")]) == {"mean": None, "std": None, "seeds": [0.5, None]}
+    assert summarise([None, None]) == {"mean": None, "std": None, "seeds": [None, None]}
+    with pytest.raises(ValueError, match="no seed"):
+        summarise([])
+
+
+scored = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=40)
+
+
+@given(scored)
+@settings(deadline=None)
+def test_auroc_counts_pairs_with_a_tie_as_one_half(rows):
+    score = torch.tensor([float(s) for s, _ in rows])
+    positive = torch.tensor([p for _, p in rows])
+    wins = [
+        1.0 if s > t else 0.5 if s == t else 0.0 for s, p in rows if p for t, q in rows if not q
+    ]
+    if wins:
+        assert auroc(score, positive) == pytest.approx(sum(wins) / len(wins))
+    else:
+        assert math.isnan(auroc(score, positive))
+
+
+@given(scored)
+@settings(deadline=None)
+def test_average_precision_sums_over_thresholds(rows):
+    score = torch.tensor([float(s) for s, _ in rows])
+    positive = torch.tensor([p for _, p in rows])
+    positives = sum(p for _, p in rows)
+    if positives in (0, len(rows)):
+        assert math.isnan(average_precision(score, positive))
+        return
+    expected, recalled = 0.0, 0.0
+    for threshold in sorted({s for s, _ in rows}, reverse=True):
+        above = [p for s, p in rows if s >= threshold]
+        recall = sum(above) / positives
+        expected += (recall - recalled) * sum(above) / len(above)
+        recalled = recall
+    assert average_precision(score, positive) == pytest.approx(expected)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+@settings(deadline=None)
+def test_precision_and_recall_agree_with_scikit_learn(rows):
+    predicted, actual = (torch.tensor(column) for column in zip(*rows, strict=True))
+    precision, recall = precision_recall(predicted, actual)
+    expected = sk.precision_score(actual, predicted, zero_division=np.nan)
+    assert precision == pytest.approx(expected, nan_ok=True)
+    expected = sk.recall_score(actual, predicted, zero_division=np.nan)
+    assert recall == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: accuracies(torch.ones(8)), r"must be \(N,\) bool, got \(8,\) torch.float32"),
+        (lambda: accuracies(CORRECT[:3], GROUPS), "3 entries for 8 samples"),
+        (lambda: accuracies(CORRECT, GROUPS, train_counts=torch.ones(3)), r"shape \(3,\)"),
+        (lambda: auroc(torch.ones(3), CORRECT), "positive has 8 entries for 3 samples"),
+        (lambda: auroc(torch.full((8,), float("nan")), CORRECT), "NaN"),
+        (lambda: average_precision(torch.ones(8), torch.ones(8)), "positive must be"),
+        (lambda: precision_recall(CORRECT, CORRECT[:2]), "actual has 2 entries"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
