@@ -9,10 +9,29 @@ Points that the paper leaves open are fields here, never constants elsewhere.
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+_COUNT, _SHARE, _POSITIVE = (1, math.inf), (0.0, 1.0), (0.0, math.inf)
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("images", "batch_size", "accumulate", "per_class", "steps"), _COUNT),
+    **dict.fromkeys(("timesteps", "image_size", "cache_size", "threads", "width"), _COUNT),
+    **dict.fromkeys(("channels", "blocks_per_level", "norm_groups", "embedding"), _COUNT),
+    **dict.fromkeys(("head_channels", "ema_half_life", "checkpoint_images"), _COUNT),
+    **dict.fromkeys(("channel_multipliers",), _COUNT),
+    **dict.fromkeys(("rho", "validation_share", "test_share", "warmup_from"), _SHARE),
+    **dict.fromkeys(("dropout", "class_dropout", "momentum", "beta_start", "beta_end"), _SHARE),
+    **dict.fromkeys(("lr", "weight_decay", "grad_clip", "guidance_scale"), _POSITIVE),
+    **dict.fromkeys(("step_size", "adjustment", "checkpoint_minutes"), _POSITIVE),
+    **dict.fromkeys(("seed", "seeds", "attention_levels"), (0, math.inf)),
+    "moving_average": (0.0, 0.999),
+    "warmup": (0.0, 0.99),
+    "ema_rampup": (1e-6, math.inf),
+}
+"""Allowed values, ends included, of the fields of each name."""
 
 METHODS = ("erm", "group-dro", "ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii")
 
@@ -211,6 +230,11 @@ class RunConfig:
             raise ValueError(f"methods: {unknown or 'none given'}; known: {', '.join(METHODS)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: {self.seeds}: at least one, each once")
+        for name, value in flatten(self).items():
+            low, high = RANGES.get(name.rsplit(".", 1)[-1], (-math.inf, math.inf))
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float) and not low <= number <= high:
+                    raise ValueError(f"{name}: {number} is outside {low} to {high}")
 
 
 # The fields that the results of each stage depend on; `data.path` is left out (below) because the

@@ -2,11 +2,11 @@
 
 Order of precedence: the `backend=` argument, `use_backend(...)`, the environment variable
 `DDB_FAST_BACKEND` ("group_norm=torch,attention=reference", read at the first call), automatic. A
-backend asked for by name runs or raises ValueError with its reasons; automatic takes the first one of
+backend asked for by name runs or raises ValueError with its reasons; automatic takes the first of
 `BACKENDS` that has no reason not to.
 
-`torch.compile` resolves the choice while it traces: a compiled graph keeps the backends it was traced
-with, so `use_backend` belongs around the first call.
+`torch.compile` resolves the choice while it traces: a compiled graph keeps the backends it was
+traced with, so `use_backend` belongs around the first call.
 """
 
 import functools

@@ -163,6 +163,8 @@ def _check_group_norm(
     n, c = x.shape[0], x.shape[1]
     if not 1 <= num_groups <= c or c % num_groups:
         raise ValueError(f"num_groups must divide the channels of x, got {num_groups} for {c}")
+    if n > 0 and x.numel() == 0:
+        raise ValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}")
     device, dtypes = x.device, (x.dtype, torch.float32)
     if weight is not None:
         _check("weight", weight, (c,), dtypes, device)
@@ -204,7 +206,7 @@ def _check(
 
 
 def _as_image(x: Tensor) -> Tensor:
-    """View (N, C, *spatial) as (N, C, H, W): channels_last stays channels_last, W may be 1."""
-    if x.dim() > 4:
-        return x.flatten(2).unsqueeze(-1)
-    return x.reshape(*x.shape, *(1,) * (4 - x.dim()))
+    """View (N, C, *spatial) as (N, C, 1, W): channels_last stays channels_last."""
+    if x.dim() == 2:
+        return x[:, :, None, None]
+    return x.flatten(2).unsqueeze(2)

@@ -44,13 +44,13 @@ def group_norm(
     Group Normalization, Wu and He 2018, equations 1 to 4: mean and biased variance over the
     C / num_groups channels of a group and all pixels of a sample.
     """
-    dtype, n, c = x.dtype, x.shape[0], x.shape[1]
-    memory_format = layout(x)
-    x = _exact(x)
+    n, c = x.shape[:2]
+    dtype, memory_format, exact = x.dtype, layout(x), _exact(x.dtype)
+    x = x.to(exact)
     if pre_bias is not None:
-        x = x + _exact(pre_bias)[..., None, None]
+        x = x + pre_bias.to(exact)[..., None, None]
     if residual is not None:
-        x = x + _exact(residual)
+        x = x + residual.to(exact)
     total = x
 
     groups = x.reshape(n, num_groups, c // num_groups, *x.shape[2:])
@@ -59,13 +59,13 @@ def group_norm(
     y = (centred * rstd).reshape(x.shape)
 
     if weight is not None:
-        y = y * _exact(weight)[:, None, None]
+        y = y * weight.to(exact)[:, None, None]
     if bias is not None:
-        y = y + _exact(bias)[:, None, None]
+        y = y + bias.to(exact)[:, None, None]
     if scale is not None:
-        y = y * (1 + _exact(scale)[:, :, None, None])
+        y = y * (1 + scale.to(exact)[:, :, None, None])
     if shift is not None:
-        y = y + _exact(shift)[:, :, None, None]
+        y = y + shift.to(exact)[:, :, None, None]
     if activation == "silu":
         y = y * torch.sigmoid(y)
     if dropout_p > 0:
@@ -78,12 +78,13 @@ def group_norm(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
-    """o = softmax(q k^T * scale) v, scale = 1 / sqrt(D) if None; Vaswani et al. 2017, equation 1."""
+    """o = softmax(q k^T * scale) v; Vaswani et al. 2017, equation 1, where scale is 1 / sqrt(D)."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     # Autocast would run the two products in half precision.
     with torch.autocast(q.device.type, enabled=False):
-        scores = _exact(q) @ _exact(k).mT * scale
-        return (torch.softmax(scores, -1) @ _exact(v)).to(q.dtype)
+        exact = _exact(q.dtype)
+        scores = q.to(exact) @ k.to(exact).mT * scale
+        return (torch.softmax(scores, -1) @ v.to(exact)).to(q.dtype)
 
 
 def attention_qkv(qkv: Tensor, num_heads: int, *, scale: float | None) -> Tensor:
@@ -100,7 +101,7 @@ def unpack(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pack(o: Tensor) -> Tensor:
-    """Turn (B, H, S, D) into a contiguous (B, S, H * D); a view if o lies in memory as (B, S, H, D)."""
+    """Turn (B, H, S, D) into a contiguous (B, S, H * D); a view of what lies as (B, S, H, D)."""
     return o.transpose(1, 2).flatten(2).contiguous()
 
 
@@ -148,8 +149,8 @@ def philox(
     return c0, c1, c2, c3
 
 
-def _exact(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 OPS = {"group_norm": group_norm, "attention": attention, "attention_qkv": attention_qkv}

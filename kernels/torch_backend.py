@@ -5,6 +5,7 @@ contiguous or channels_last. Known limit: torch's CPU kernel for channels_last t
 E[x^2] - E[x]^2, in fp32 10 % off where mean / std = 1000; its contiguous kernel is not.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,14 +65,17 @@ def _modulated_group_norm(
     shift: Tensor | None,
 ) -> Tensor:
     n, c, h, w = x.shape
-    if n == 0 or not x.is_contiguous():
+    if n == 0 or not x.is_contiguous() or torch.compiler.is_compiling():
         y = _group_norm(x, num_groups, weight, bias, eps)
-        if scale is not None:
-            y = y * (scale + 1).to(x.dtype)[:, :, None, None]
-        return y if shift is None else y + shift.to(x.dtype)[:, :, None, None]
+        shift = None if shift is None else shift.to(x.dtype)[..., None, None]
+        if scale is None:
+            return y + shift
+        gain = (scale + 1).to(x.dtype)[..., None, None]
+        return y * gain if shift is None else torch.addcmul(shift, y, gain)
 
     # All samples as the channels of one: then weight and bias may differ between samples and absorb
-    # scale and shift, which saves a pass over x forward and three backward.
+    # scale and shift, which saves a pass over x forward and three backward. (A compiler fuses the
+    # passes, and would compile this anew for each batch size.)
     dtype = _parameter_dtype(x)
     gain = x.new_ones((n, c), dtype=dtype) if scale is None else scale.to(dtype) + 1
     offset = None if shift is None else shift.to(dtype)
@@ -93,40 +97,42 @@ def _modulated_group_norm(
 def _group_norm(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    n, c, h, w = x.shape
-    memory_format = reference.layout(x)
     dtype = _parameter_dtype(x)
     if x.device.type != "cpu":
-        # torch's CUDA kernel reads NCHW only, and parameters of x's dtype only.
-        x, dtype = x.contiguous(), x.dtype
+        # torch's CUDA kernel takes parameters of x's dtype only.
+        dtype = x.dtype
     elif weight is None and bias is None and dtype != x.dtype:
         # Without an fp32 parameter the statistics would be kept for the backward in half precision.
-        weight = x.new_ones(c, dtype=dtype)
-    # Not F.group_norm, which returns fp32 under autocast and refuses one element per channel.
-    y, _, _ = torch.native_group_norm(
-        x,
-        None if weight is None else weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        n,
-        c,
-        h * w,
-        num_groups,
-        eps,
+        weight = x.new_ones(x.shape[1], dtype=dtype)
+    # Not F.group_norm, which refuses one element per channel.
+    y = _without_autocast(
+        torch.group_norm, x, num_groups, _cast(weight, dtype), _cast(bias, dtype), eps
     )
-    return y.contiguous(memory_format=memory_format)
+    # A copy only on CUDA, whose kernel reads and writes NCHW alone up to torch 2.13.
+    return y.contiguous(memory_format=reference.layout(x))
 
 
 def _parameter_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 
+def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    # Tensor.to costs a microsecond even where it has nothing to do.
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
+def _without_autocast(function: Callable[..., Tensor], x: Tensor, *arguments: Any, **options: Any):
+    # Autocast makes torch's group norm return fp32 and its attention return half precision.
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return function(x, *arguments, **options)
+    with torch.autocast(device, enabled=False):
+        return function(x, *arguments, **options)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
     """`F.scaled_dot_product_attention`, in q's dtype under autocast too."""
-    device = q.device.type
-    if q.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return _without_autocast(F.scaled_dot_product_attention, q, k, v, scale=scale)
 
 
 def attention_qkv(qkv: Tensor, num_heads: int, *, scale: float | None) -> Tensor:

@@ -49,9 +49,12 @@ class ShuffledSampler:
             e: self._permutations[e] if e in self._permutations else self._permutation(e)
             for e in epochs
         }
-        offset = start - epochs[0] * self.n
-        stream = np.concatenate(list(self._permutations.values()))
-        return torch.from_numpy(stream[offset : offset + batch_size])
+        # Only the batch's own pieces are touched: the cost of a step must not grow with n.
+        pieces = [
+            permutation[max(0, start - e * self.n) : start + batch_size - e * self.n]
+            for e, permutation in self._permutations.items()
+        ]
+        return torch.from_numpy(np.concatenate(pieces))
 
     def _permutation(self, epoch: int) -> np.ndarray:
         return np.argsort(_philox(self.seed, epoch).random_raw(self.n), kind="stable")

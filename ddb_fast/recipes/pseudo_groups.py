@@ -110,14 +110,14 @@ def pseudo_groups(
     )
 
 
-def conflicting_groups(pseudo: PseudoGroups, y: Tensor) -> Tensor:
+def conflicting_groups(conflicting: Tensor, y: Tensor) -> Tensor:
     """Return the paper's groups (class, pseudo label) as ids y * 2 + conflicting, (N,) int64.
 
-    y: (N,) int64, the labels that `pseudo` was made from. ValueError for another length.
+    conflicting: (N,) bool; y: (N,) int64. ValueError for another length.
     """
-    if y.shape != pseudo.conflicting.shape:
-        raise ValueError(f"y {tuple(y.shape)} for {len(pseudo.conflicting)} pseudo labels")
-    return y * 2 + pseudo.conflicting
+    if y.shape != conflicting.shape:
+        raise ValueError(f"y {tuple(y.shape)} for {tuple(conflicting.shape)} pseudo labels")
+    return y * 2 + conflicting
 
 
 def predicted_groups(predicted: Tensor, y: Tensor, num_classes: int) -> Tensor:

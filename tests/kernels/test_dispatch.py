@@ -1,0 +1,206 @@
+"""Which backend runs: precedence, refusals, fallback, and isolation between threads and tasks."""
+
+import asyncio
+import logging
+import threading
+
+import pytest
+import torch
+
+from ddb_fast.kernels import attention, attention_qkv, backends, dispatch, group_norm, use_backend
+from ddb_fast.kernels.dispatch import Backend
+
+X = torch.randn(2, 4, 3, 3)
+Q = torch.randn(1, 2, 3, 4)
+QKV = torch.randn(1, 3, 24)
+
+
+def telltale(name, why_not=lambda op, *arguments: []):
+    """A backend whose every op returns the name of the backend instead of a tensor."""
+    ops = {op: lambda *arguments, **options: name for op in dispatch.OPS}
+    return Backend(name, why_not, ops)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No choice from the environment, nothing logged yet."""
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_logged", set())
+    dispatch._environment.cache_clear()
+    yield
+    dispatch._environment.cache_clear()
+
+
+@pytest.fixture
+def telltales(monkeypatch):
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(map(telltale, ("first", "a", "b", "c"))))
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    def set_to(text):
+        monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, text)
+        dispatch._environment.cache_clear()
+
+    return set_to
+
+
+def test_precedence(telltales, environment):
+    assert group_norm(X, 2) == "first"
+    environment("group_norm=a")
+    assert group_norm(X, 2) == "a"
+    with use_backend(group_norm="b"):
+        assert group_norm(X, 2) == "b"
+        assert group_norm(X, 2, backend="c") == "c"
+    assert group_norm(X, 2) == "a"
+
+
+def test_each_op_has_its_own_choice(telltales, environment):
+    environment(" group_norm=a , attention=b,")
+    assert group_norm(X, 2) == "a"
+    assert attention(Q, Q, Q) == "b"
+    assert attention_qkv(QKV, 2) == "b"
+    with use_backend(attention="c"):
+        assert (group_norm(X, 2), attention(Q, Q, Q), attention_qkv(QKV, 2)) == ("a", "c", "c")
+
+
+def test_contexts_nest_and_end_with_an_exception(telltales):
+    with use_backend(group_norm="a", attention="b"):
+        with pytest.raises(KeyError), use_backend(group_norm="c"):
+            assert (group_norm(X, 2), attention(Q, Q, Q)) == ("c", "b")
+            raise KeyError
+        assert group_norm(X, 2) == "a"
+    assert group_norm(X, 2) == "first"
+
+
+def test_decorator(telltales):
+    @use_backend(group_norm="b")
+    def run(depth):
+        return [group_norm(X, 2)] + (run(depth - 1) if depth else [])
+
+    assert run(2) == ["b"] * 3
+    assert group_norm(X, 2) == "first"
+
+
+def test_threads_and_tasks_do_not_see_each_other(telltales):
+    seen = []
+    with use_backend(group_norm="a"):
+        thread = threading.Thread(target=lambda: seen.append(group_norm(X, 2)))
+        thread.start()
+        thread.join()
+    assert seen == ["first"]
+
+    async def task(name):
+        with use_backend(group_norm=name):
+            await asyncio.sleep(0)
+            return group_norm(X, 2)
+
+    async def both():
+        return await asyncio.gather(task("b"), task("c"))
+
+    assert asyncio.run(both()) == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    (
+        ("group_norm=tritno", "tritno.*torch, reference"),
+        ("attention", "'attention' is not op=backend"),
+        ("attention=", "'attention=' is not op=backend"),
+        ("conv=torch", "conv=torch.*group_norm, attention"),
+    ),
+)
+def test_a_wrong_environment_is_refused(environment, text, message):
+    environment(text)
+    with pytest.raises(ValueError, match=message):
+        group_norm(X, 2)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="'cuda'; there are: torch, reference"):
+        group_norm(X, 2, backend="cuda")
+    with pytest.raises(ValueError, match="'cuda'"), use_backend(attention="cuda"):
+        pass
+
+
+def test_asked_for_and_not_possible_gives_the_reasons(monkeypatch):
+    def why_not(op, *arguments):
+        return [f"no {op}", *(f"got {type(a).__name__}" for a in arguments)]
+
+    monkeypatch.setattr(dispatch, "BACKENDS", (telltale("fussy", why_not), *dispatch.BACKENDS))
+    message = "group_norm: backend 'fussy' cannot run this: no group_norm; got Tensor; got int"
+    with pytest.raises(ValueError, match=message):
+        group_norm(X, 2, backend="fussy")
+    with pytest.raises(ValueError, match="no attention; got Tensor; got Tensor; got Tensor"):
+        attention(Q, Q, Q, backend="fussy")
+    with pytest.raises(ValueError, match="no attention_qkv; got Tensor; got int"):
+        attention_qkv(QKV, 2, backend="fussy")
+    with use_backend(group_norm="fussy"), pytest.raises(ValueError, match="no group_norm"):
+        group_norm(X, 2)
+
+
+def test_automatic_falls_back_and_says_so_once(monkeypatch, caplog):
+    def why_not(op, *arguments):
+        return [f"{arguments[0].shape[0]} samples are too few"] if arguments else []
+
+    monkeypatch.setattr(dispatch, "BACKENDS", (telltale("big", why_not), *dispatch.BACKENDS))
+    with caplog.at_level(logging.INFO, logger="ddb_fast.kernels"):
+        for _ in range(3):
+            y = group_norm(X, 2)
+        attention(Q, Q, Q)
+        group_norm(X[:1], 2)
+    torch.testing.assert_close(y, group_norm(X, 2, backend="torch"))
+    assert caplog.messages == [
+        "group_norm: not big, because 2 samples are too few",
+        "attention: not big, because 1 samples are too few",
+        "group_norm: not big, because 1 samples are too few",
+    ]
+
+
+def test_automatic_with_nothing_left(monkeypatch):
+    refusing = telltale("only", lambda op, *arguments: ["it rains"])
+    monkeypatch.setattr(dispatch, "BACKENDS", (refusing,))
+    with pytest.raises(ValueError, match="no backend can run this: only: it rains"):
+        group_norm(X, 2)
+
+
+def test_arguments_are_checked_before_the_backend_is_asked(monkeypatch):
+    monkeypatch.setattr(dispatch, "BACKENDS", (telltale("any"),))
+    with pytest.raises(ValueError, match="3 for 4"):
+        group_norm(X, 3)
+
+
+def test_backends_lists_reasons(monkeypatch):
+    assert backends() == {
+        "group_norm": {"torch": [], "reference": []},
+        "attention": {"torch": [], "reference": []},
+    }
+    partial = telltale("partial", lambda op, *arguments: [] if op == "group_norm" else ["no GPU"])
+    monkeypatch.setattr(dispatch, "BACKENDS", (partial,))
+    assert backends() == {"group_norm": {"partial": []}, "attention": {"partial": ["no GPU"]}}
+
+
+def test_the_choice_and_the_fallback_compile(monkeypatch, caplog):
+    ran = []
+
+    def traced(x, *arguments, **options):
+        ran.append("traced")
+        return x * 2
+
+    named = Backend("named", lambda op, *arguments: [], {"group_norm": traced})
+    refusing = telltale("refusing", lambda op, *arguments: ["never"])
+    monkeypatch.setattr(dispatch, "BACKENDS", (refusing, *dispatch.BACKENDS, named))
+
+    def run(x):
+        return group_norm(x, 2)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    with caplog.at_level(logging.INFO, logger="ddb_fast.kernels"):
+        torch.testing.assert_close(compiled(X), group_norm(X, 2, backend="torch"))
+    assert caplog.messages == ["group_norm: not refusing, because never"]
+
+    torch._dynamo.reset()
+    with use_backend(group_norm="named"):
+        assert torch.equal(torch.compile(run, backend="aot_eager", fullgraph=True)(X), 2 * X)
+    torch._dynamo.reset()

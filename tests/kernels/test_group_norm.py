@@ -1,0 +1,444 @@
+"""group_norm against a loop over groups in fp64, torch's own group norm, and finite differences."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ddb_fast.kernels import group_norm
+
+BACKENDS = ("reference", "torch")
+CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+LAYOUTS = (CONTIGUOUS, CHANNELS_LAST)
+HALVES = (torch.bfloat16, torch.float16)
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
+
+
+def naive(
+    x,
+    num_groups,
+    weight=None,
+    bias=None,
+    eps=1e-5,
+    *,
+    pre_bias=None,
+    scale=None,
+    shift=None,
+    activation=None,
+    residual=None,
+):
+    """One sample and one group at a time, in fp64; returns y and the sum that was normalised."""
+    n, c = x.shape[:2]
+    size = c // num_groups
+    total = torch.empty(x.shape, dtype=torch.float64)
+    y = torch.empty(x.shape, dtype=torch.float64)
+    for i in range(n):
+        for channel in range(c):
+            total[i, channel] = x[i, channel].double()
+            if pre_bias is not None:
+                total[i, channel] += (pre_bias if pre_bias.dim() == 1 else pre_bias[i])[channel]
+            if residual is not None:
+                total[i, channel] += residual[i, channel].double()
+        for first in range(0, c, size):
+            group = total[i, first : first + size]
+            mean = group.sum() / group.numel()
+            variance = ((group - mean) ** 2).sum() / group.numel()
+            for channel in range(first, first + size):
+                z = (total[i, channel] - mean) / (variance + eps) ** 0.5
+                z = z if weight is None else z * weight[channel].double()
+                z = z if bias is None else z + bias[channel].double()
+                z = z if scale is None else z * (1 + scale[i, channel].double())
+                z = z if shift is None else z + shift[i, channel].double()
+                y[i, channel] = z / (1 + torch.exp(-z)) if activation == "silu" else z
+    return y, total
+
+
+def error(actual: Tensor, truth: Tensor, floor: float = 1e-30) -> float:
+    """RMS of the difference over RMS of the truth, or over the floor where the truth vanishes."""
+    if truth.numel() == 0:
+        return 0.0
+    difference = (actual.double() - truth.double()).square().mean().sqrt()
+    return (difference / truth.double().square().mean().sqrt().clamp_min(floor)).item()
+
+
+def operands(shape, dtype=torch.float32, *, parameters=None, layout=CONTIGUOUS, seed=0):
+    """Every tensor that group_norm takes, away from the values 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    n, c = shape[:2]
+
+    def draw(*size, dtype=parameters or dtype):
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    x, residual = (draw(*shape, dtype=dtype).contiguous(memory_format=layout) for _ in range(2))
+    return {
+        "x": x,
+        "weight": draw(c),
+        "bias": draw(c),
+        "pre_bias": draw(n, c),
+        "scale": draw(n, c),
+        "shift": draw(n, c),
+        "residual": residual,
+    }
+
+
+@backends
+@layouts
+@pytest.mark.parametrize("activation", (None, "silu"))
+def test_every_combination_of_options(backend, layout, activation):
+    shape = (2, 6, 3, 5)
+    full = operands(shape, layout=layout)
+    x = full.pop("x")
+    full["residual"] = full["residual"].contiguous()
+    pre_biases = (None, full.pop("pre_bias"), torch.randn(6))
+    for flags in itertools.product((False, True), repeat=len(full)):
+        given = {name: full[name] for name, flag in zip(full, flags, strict=True) if flag}
+        for pre_bias in pre_biases:
+            options = {**given, "pre_bias": pre_bias, "activation": activation}
+            y, total = group_norm(x, 3, **options, return_sum=True, backend=backend)
+            expected, expected_total = naive(x, 3, **options)
+            assert error(y, expected) <= 3e-6, options.keys()
+            assert error(total, expected_total) <= 3e-6
+            assert y.is_contiguous(memory_format=layout)
+            assert total.is_contiguous(memory_format=layout)
+            alone = group_norm(x, 3, **options, backend=backend)
+            assert torch.equal(alone, y)
+
+
+@backends
+@layouts
+@pytest.mark.parametrize("channels_per_group", (1, 3, 4, 7, 48))
+@pytest.mark.parametrize("num_groups", (1, 2, 3, 32))
+def test_channels_and_groups(backend, layout, channels_per_group, num_groups):
+    c = channels_per_group * num_groups
+    full = operands((2, c, 3, 2), layout=layout)
+    x = full.pop("x")
+    y = group_norm(x, num_groups, **full, backend=backend)
+    total = x.double() + full["pre_bias"].double()[..., None, None] + full["residual"].double()
+    z = F.group_norm(total, num_groups, full["weight"].double(), full["bias"].double())
+    z = z * (1 + full["scale"].double()[..., None, None]) + full["shift"].double()[..., None, None]
+    assert error(y, z) <= 3e-6
+
+
+@backends
+@layouts
+@pytest.mark.parametrize("size", ((1, 1), (7, 5), (1, 4), (4, 1), (8, 8)))
+@pytest.mark.parametrize("num_groups", (1, 4, 8))
+def test_image_sizes(backend, layout, size, num_groups):
+    full = operands((3, 8, *size), layout=layout)
+    x = full.pop("x")
+    expected, _ = naive(x, num_groups, **full, activation="silu")
+    y = group_norm(x, num_groups, **full, activation="silu", backend=backend)
+    # One element is its own mean, and a rounding of x grows by rstd = 1 / sqrt(eps) = 316.
+    alone = size == (1, 1) and num_groups == 8
+    assert error(y, expected) <= (1e-5 if alone else 3e-6)
+    assert y.is_contiguous(memory_format=layout)
+
+
+@backends
+@pytest.mark.parametrize("shape", ((3, 8), (3, 8, 5), (2, 8, 3, 5), (2, 8, 2, 3, 4)))
+def test_ranks_and_their_layouts(backend, shape):
+    full = operands(shape)
+    x = full.pop("x")
+    expected, expected_total = naive(x, 4, **full, activation="silu")
+    y, total = group_norm(x, 4, **full, activation="silu", return_sum=True, backend=backend)
+    assert y.shape == x.shape and y.is_contiguous() and total.is_contiguous()
+    assert error(y, expected) <= 3e-6 and error(total, expected_total) <= 3e-6
+
+    last = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    y, total = group_norm(last, 4, **full, activation="silu", return_sum=True, backend=backend)
+    assert y.shape == x.shape and total.shape == x.shape
+    assert y.stride() == last.stride() and total.stride() == last.stride()
+    assert error(y, expected) <= 3e-6 and error(total, expected_total) <= 3e-6
+
+
+@backends
+@pytest.mark.parametrize("shape", ((2, 4, 3, 5), (1, 4, 1, 5), (2, 1, 3, 1), (2, 4, 1, 1)))
+def test_any_strides_end_in_the_nearer_layout(backend, shape):
+    dense = torch.randn(shape)
+    views = [
+        dense.permute(order).contiguous().permute([order.index(i) for i in range(4)])
+        for order in itertools.permutations(range(4))
+    ]
+    wide = torch.randn(shape[0] * 2, shape[1] * 2, shape[2], shape[3] * 3)
+    for layout in LAYOUTS:
+        views.append(wide.contiguous(memory_format=layout)[::2, shape[1] :, :, ::3])
+    views.append(dense[:, :1].expand(shape))
+    views.append(dense[:1, :, :1].expand(shape))
+    scale, residual = torch.randn(shape[:2]), torch.randn(shape)
+    for x in views:
+        y = group_norm(x, 1, scale=scale, residual=residual, backend=backend)
+        expected = F.group_norm(x.double() + residual, 1) * (1 + scale.double()[..., None, None])
+        assert error(y, expected, floor=1.0) <= 3e-6
+        assert y.is_contiguous() or y.is_contiguous(memory_format=CHANNELS_LAST)
+        if x.stride(1) == 1 and not x.is_contiguous():
+            assert y.is_contiguous(memory_format=CHANNELS_LAST)
+
+
+@backends
+@layouts
+@pytest.mark.parametrize("shape", ((0, 6, 4, 4), (0, 6), (0, 6, 3)))
+def test_no_samples(backend, layout, shape):
+    layout = layout if len(shape) == 4 else CONTIGUOUS
+    full = {name: t.requires_grad_() for name, t in operands(shape, layout=layout).items()}
+    y = group_norm(
+        full["x"],
+        3,
+        **{name: t for name, t in full.items() if name != "x"},
+        activation="silu",
+        dropout_p=0.5,
+        seed=torch.tensor(1),
+        backend=backend,
+    )
+    assert y.shape == shape and y.dtype == torch.float32
+    gradients = torch.autograd.grad(y.sum(), list(full.values()))
+    assert all(not gradient.any() for gradient in gradients)
+
+
+@backends
+@layouts
+@pytest.mark.parametrize("activation", (None, "silu"))
+@pytest.mark.parametrize("names", (("weight", "bias"), ("scale",), ("shift",), ()), ids=str)
+def test_gradients_against_finite_differences(backend, layout, activation, names):
+    full = operands((2, 4, 2, 3), torch.float64, layout=layout)
+    names = ("x", *names) if names else tuple(full)
+
+    def run(*tensors):
+        given = dict(zip(names, tensors, strict=True))
+        return group_norm(
+            given.pop("x"),
+            2,
+            **given,
+            activation=activation,
+            dropout_p=0.3,
+            seed=torch.tensor(5),
+            return_sum=True,
+            backend=backend,
+        )
+
+    assert torch.autograd.gradcheck(run, [full[name].requires_grad_() for name in names])
+
+
+@backends
+def test_gradients_of_a_pre_bias_per_channel(backend):
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    pre_bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, b: group_norm(x, 2, pre_bias=b, activation="silu", backend=backend),
+        (x, pre_bias),
+    )
+
+
+def plain(x, num_groups, weight, bias, pre_bias, scale, shift, residual):
+    """What one writes in plain torch, every operand in x's dtype."""
+    weight, bias, pre_bias, scale, shift = (
+        t.to(x.dtype) for t in (weight, bias, pre_bias, scale, shift)
+    )
+    y = F.group_norm(x + pre_bias[..., None, None] + residual, num_groups, weight, bias)
+    return F.silu(y * (1 + scale[..., None, None]) + shift[..., None, None])
+
+
+@backends
+@layouts
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=str)
+@pytest.mark.parametrize("parameters", ("x's", "fp32"))
+def test_error_against_fp64(backend, layout, dtype, parameters):
+    parameters = dtype if parameters == "x's" else torch.float32
+    full = operands((2, 64, 9, 7), dtype, parameters=parameters, layout=layout)
+    upstream = torch.randn(2, 64, 9, 7).contiguous(memory_format=layout)
+
+    def run(function, tensors):
+        tensors = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+        y = function(tensors["x"], 16, **{k: t for k, t in tensors.items() if k != "x"})
+        return y, torch.autograd.grad(y, list(tensors.values()), upstream.to(y.dtype))
+
+    exact = {name: t.double() for name, t in full.items()}
+    truth, true_gradients = run(plain, exact)
+    y, gradients = run(
+        lambda *a, **k: group_norm(*a, **k, activation="silu", backend=backend), full
+    )
+    usual, usual_gradients = run(plain, full)
+
+    half = dtype in HALVES
+    assert y.dtype == dtype
+    assert error(y, truth) <= (max(1.25 * error(usual, truth), 3e-3) if half else 3e-6)
+    for name, actual, expected, common in zip(
+        full, gradients, true_gradients, usual_gradients, strict=True
+    ):
+        bound = max(1.25 * error(common, expected), 4e-3) if half else 6e-6
+        assert actual.dtype == full[name].dtype
+        assert error(actual, expected) <= bound, name
+
+
+@backends
+@layouts
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_each_parameter_in_its_own_dtype(backend, layout, dtype):
+    full = operands((2, 6, 3, 4), dtype, layout=layout)
+    x, residual = full.pop("x"), full.pop("residual")
+    expected, _ = naive(x, 3, **full, residual=residual)
+    for flags in itertools.product((False, True), repeat=len(full)):
+        mixed = {
+            name: full[name].float() if flag else full[name]
+            for name, flag in zip(full, flags, strict=True)
+        }
+        y = group_norm(x, 3, **mixed, residual=residual, backend=backend)
+        assert y.dtype == dtype
+        assert error(y, expected) <= 1.5e-2
+
+
+@backends
+def test_fp32_parameters_of_an_fp64_input(backend):
+    full = operands((2, 6, 3, 4), torch.float64, parameters=torch.float32)
+    x = full.pop("x")
+    expected, _ = naive(x, 3, **full)
+    y = group_norm(x, 3, **full, backend=backend)
+    assert y.dtype == torch.float64 and error(y, expected) <= 1e-12
+
+
+@backends
+@layouts
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_autocast_changes_nothing(backend, layout, dtype):
+    full = operands((2, 8, 4, 4), dtype, parameters=torch.float32, layout=layout)
+    x = full.pop("x").requires_grad_()
+
+    def run():
+        y, total = group_norm(
+            x, 4, **full, activation="silu", return_sum=True, eps=1e-3, backend=backend
+        )
+        return y, total, *torch.autograd.grad(y.sum(), x)
+
+    outside = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run()
+    for a, b in zip(inside, outside, strict=True):
+        assert a.dtype == dtype and torch.equal(a, b)
+
+
+@backends
+@pytest.mark.parametrize("affine", (False, True))
+def test_half_precision_gradients_of_a_shifted_input(backend, affine):
+    # Kept for the backward in bf16, a mean of 40 standard deviations would be a tenth of one off.
+    x = (torch.randn(2, 8, 16, 16) + 40).bfloat16()
+    weight = torch.ones(8) if affine else None
+    upstream = torch.randn(x.shape)
+
+    def gradient(x):
+        x = x.requires_grad_()
+        parameter = None if weight is None else weight.to(torch.promote_types(x.dtype, torch.float))
+        y = group_norm(x, 2, parameter, backend=backend)
+        return torch.autograd.grad((y * y), x, upstream.to(x.dtype))[0]
+
+    assert error(gradient(x), gradient(x.double())) <= 1e-2
+
+
+@pytest.mark.parametrize(
+    ("backend", "layout"),
+    # torch's CPU kernel for channels_last loses this variance: see torch_backend.
+    (("reference", CONTIGUOUS), ("reference", CHANNELS_LAST), ("torch", CONTIGUOUS)),
+)
+def test_mean_of_a_thousand_standard_deviations(backend, layout):
+    x = (torch.randn(2, 32, 16, 16) + 1000).contiguous(memory_format=layout)
+    y = group_norm(x, 8, backend=backend)
+    assert error(y, F.group_norm(x.double(), 8)) <= 1e-3
+
+
+@backends
+@layouts
+def test_constant_input_gives_the_bias(backend, layout):
+    x = torch.full((2, 6, 4, 4), 3.0).contiguous(memory_format=layout)
+    bias = torch.randn(6)
+    y = group_norm(x, 2, torch.randn(6), bias, backend=backend)
+    torch.testing.assert_close(y, bias[:, None, None].expand_as(y), atol=1e-4, rtol=0)
+
+
+@backends
+def test_without_gradients_the_input_survives(backend):
+    x = torch.randn(2, 6, 4, 4)
+    before = x.clone()
+    with torch.no_grad():
+        y, total = group_norm(x, 2, activation="silu", return_sum=True, backend=backend)
+    assert torch.equal(x, before) and torch.equal(total, before)
+    assert torch.equal(y, group_norm(x, 2, activation="silu", backend=backend))
+
+
+@backends
+@layouts
+def test_compiles_whole_and_once(backend, layout):
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    names = ("x", "weight", "bias", "pre_bias", "scale", "shift", "residual")
+
+    def run(x, weight, bias, pre_bias, scale, shift, residual, seed):
+        first = group_norm(x, 4, weight, bias, pre_bias=pre_bias, activation="silu")
+        return group_norm(
+            first,
+            2,
+            weight,
+            bias,
+            scale=scale,
+            shift=shift,
+            residual=residual,
+            dropout_p=0.2,
+            seed=seed,
+            return_sum=True,
+            backend=backend,
+        )
+
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    for n in (3, 5):
+        full = operands((n, 8, 4, 6), layout=layout, seed=n)
+        for name in names:
+            full[name].requires_grad_()
+            if full[name].shape[0] == n:
+                torch._dynamo.mark_dynamic(full[name], 0)
+        arguments = [full[name] for name in names]
+        seed = torch.tensor(n)
+        results = []
+        for function in (run, compiled):
+            y, total = function(*arguments, seed)
+            gradients = torch.autograd.grad(y.square().sum() + total.sum(), arguments)
+            assert y.is_contiguous(memory_format=layout)
+            results.append((y, total, *gradients))
+        for eager, traced in zip(*results, strict=True):
+            assert error(traced, eager) <= 1e-6
+    assert counter.frame_count == 1
+
+
+@backends
+def test_refusals(backend):
+    x = torch.randn(2, 6, 4, 4)
+    one = torch.ones(6)
+    meta = torch.ones(6, device="meta")
+    cases = [
+        (dict(x=x, num_groups=4), "4 for 6"),
+        (dict(x=x, num_groups=0), "0 for 6"),
+        (dict(x=x, num_groups=12), "12 for 6"),
+        (dict(x=x.long(), num_groups=2), "int64"),
+        (dict(x=x.to(torch.complex64), num_groups=2), "complex64"),
+        (dict(x=x[0, 0, 0], num_groups=2), r"\(4,\)"),
+        (dict(x=x[:, :, :0], num_groups=2), r"\(2, 6, 0, 4\)"),
+        (dict(x=x, num_groups=2, weight=torch.ones(5)), r"weight .* \(6,\), got \(5,\)"),
+        (dict(x=x, num_groups=2, bias=torch.ones(6, 1)), r"bias .* \(6,\), got \(6, 1\)"),
+        (dict(x=x, num_groups=2, pre_bias=torch.ones(1, 6)), r"pre_bias .* got \(1, 6\)"),
+        (dict(x=x, num_groups=2, scale=one), r"scale .* \(2, 6\), got \(6,\)"),
+        (dict(x=x, num_groups=2, shift=torch.ones(6, 2)), r"shift .* got \(6, 2\)"),
+        (dict(x=x, num_groups=2, residual=x[:1]), r"residual .* got \(1, 6, 4, 4\)"),
+        (dict(x=x, num_groups=2, weight=one.half()), r"weight must be torch.float32, got .*16"),
+        (dict(x=x.half(), num_groups=2, scale=torch.ones(2, 6).bfloat16()), "scale .*bfloat16"),
+        (dict(x=x.half(), num_groups=2, residual=x), "residual must be torch.float16, got .*32"),
+        (dict(x=x, num_groups=2, weight=meta), "weight must be on cpu, got meta"),
+        (dict(x=x, num_groups=2, activation="relu"), "relu"),
+        (dict(x=x, num_groups=2, dropout_p=1.0), r"1\.0"),
+        (dict(x=x, num_groups=2, dropout_p=-0.1), r"-0\.1"),
+        (dict(x=x, num_groups=2, dropout_p=0.1, seed=torch.ones(1).long()), r"seed .* got \(1,\)"),
+        (dict(x=x, num_groups=2, dropout_p=0.1, seed=torch.tensor(1.0)), "seed .*float32"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            group_norm(**arguments, backend=backend)

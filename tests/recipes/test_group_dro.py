@@ -1,0 +1,128 @@
+"""GroupDRO against two steps worked in plain Python, and its edges."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddb_fast.recipes import GroupDRO
+
+# Three groups of 4, 2 and 1 training samples.
+GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+
+
+def logits_with_loss(losses: list[float]) -> torch.Tensor:
+    """Two-class logits whose cross-entropy on label 0 is the given one."""
+    return torch.tensor([[0.0, math.log(math.exp(x) - 1)] for x in losses], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("adjustment", [0.0, 0.5])
+def test_two_steps_by_hand(adjustment):
+    recipe = GroupDRO(GROUPS, 3, step_size=0.1, adjustment=adjustment).double()
+    margin = [adjustment / math.sqrt(n) for n in (4, 2, 1)]
+    # The second batch holds no sample of group 1.
+    batches = [
+        ([0, 1, 4, 6], [0.2, 0.4, 1.0, 3.0], [0.3, 1.0, 3.0]),
+        ([2, 6, 6, 3], [0.1, 2.0, 4.0, 0.5], [0.3, 0.0, 3.0]),
+    ]
+    q = [1 / 3, 1 / 3, 1 / 3]
+    for index, losses, group_means in batches:
+        adjusted = [mean + m for mean, m in zip(group_means, margin, strict=True)]
+        q = [weight * math.exp(0.1 * value) for weight, value in zip(q, adjusted, strict=True)]
+        q = [weight / sum(q) for weight in q]
+        expected = sum(weight * value for weight, value in zip(q, adjusted, strict=True))
+        y = torch.zeros(4, dtype=torch.int64)
+        loss = recipe(logits_with_loss(losses), y, torch.tensor(index))
+        assert loss.item() == pytest.approx(expected, rel=1e-7)
+        assert recipe.group_weights.tolist() == pytest.approx(q, rel=1e-7)
+
+
+def test_gradient_is_the_weighted_sum_of_group_gradients():
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    recipe = GroupDRO(GROUPS, 3, step_size=0.5, adjustment=2.0).double()
+    loss = recipe(x @ weight.T, y, torch.arange(7))
+    (gradient,) = torch.autograd.grad(loss, weight)
+    expected = torch.zeros_like(weight)
+    for g, q in enumerate(recipe.group_weights):
+        of_group = g == GROUPS
+        mean = F.cross_entropy(x[of_group] @ weight.T, y[of_group])
+        expected += q * torch.autograd.grad(mean, weight)[0]
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_groups_without_samples_have_no_weight_and_take_none_of_the_loss():
+    recipe = GroupDRO(torch.tensor([1, 1, 3]), 4, adjustment=1.0)
+    assert recipe.group_weights.tolist() == pytest.approx([0, 0.5, 0, 0.5])
+    y = torch.zeros(3, dtype=torch.int64)
+    for _ in range(3):
+        loss = recipe(torch.zeros(3, 2), y, torch.arange(3))
+        assert loss.isfinite()
+    q = recipe.group_weights
+    assert q[[0, 2]].tolist() == [0, 0]
+    assert q.sum().item() == pytest.approx(1)
+    # The rarer group has the larger margin, 1 against 1 / sqrt(2).
+    assert q[3] > q[1]
+
+
+def test_a_weight_that_underflows_comes_back():
+    recipe = GroupDRO(torch.tensor([0, 1]), 2, step_size=1.0)
+    hard, easy = logits_with_loss([60.0]), logits_with_loss([1e-3])
+    y, index = torch.zeros(2, dtype=torch.int64), torch.arange(2)
+    for _ in range(4):
+        recipe(torch.cat([easy, hard]).float(), y, index)
+    assert recipe.group_weights[0] == 0
+    for _ in range(5):
+        recipe(torch.cat([hard, easy]).float(), y, index)
+    assert recipe.group_weights[0] == pytest.approx(1)
+
+
+def test_state_dict_resumes_the_adversary():
+    y = torch.zeros(7, dtype=torch.int64)
+    logits = torch.randn(7, 2, generator=torch.Generator().manual_seed(2))
+    recipe, resumed = GroupDRO(GROUPS, 3, step_size=0.3), GroupDRO(GROUPS, 3, step_size=0.3)
+    recipe(logits, y, torch.arange(7))
+    assert list(recipe.state_dict()) == ["log_weights"]
+    resumed.load_state_dict(recipe.state_dict())
+    assert torch.equal(resumed(logits, y, torch.arange(7)), recipe(logits, y, torch.arange(7)))
+    assert torch.equal(resumed.group_weights, recipe.group_weights)
+
+
+def test_autocast_does_not_round_the_group_means():
+    logits = torch.randn(7, 3, generator=torch.Generator().manual_seed(3))
+    y, index = torch.zeros(7, dtype=torch.int64), torch.arange(7)
+    plain, cast = GroupDRO(GROUPS, 3), GroupDRO(GROUPS, 3)
+    expected = plain(logits, y, index)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = cast(logits, y, index)
+    assert torch.equal(loss, expected)
+
+
+def test_a_step_reads_no_value_back_to_the_host():
+    """Tensors on the meta device have no values: reading one raises."""
+    recipe = GroupDRO(GROUPS, 3).to("meta")
+    logits = torch.empty(4, 2, device="meta", requires_grad=True)
+    index = torch.empty(4, dtype=torch.int64, device="meta")
+    loss = recipe(logits, index, index)
+    loss.backward()
+    assert logits.grad.shape == (4, 2)
+    with pytest.raises(RuntimeError, match="meta"):
+        loss.item()
+
+
+@pytest.mark.parametrize(
+    ("groups", "options", "message"),
+    [
+        (torch.tensor([0, 3]), {}, "0..3 outside 0..2"),
+        (torch.tensor([-1, 2]), {}, "-1..2 outside 0..2"),
+        (torch.empty(0, dtype=torch.int64), {}, r"got \(0,\)"),
+        (torch.tensor([0]), {"step_size": -1.0}, "step_size -1.0"),
+        (torch.tensor([0]), {"adjustment": float("nan")}, "adjustment nan"),
+    ],
+)
+def test_bad_arguments_are_named(groups, options, message):
+    with pytest.raises(ValueError, match=message):
+        GroupDRO(groups, 3, **options)

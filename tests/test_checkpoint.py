@@ -1,0 +1,132 @@
+"""Files are whole or absent, and training state survives the round trip through safetensors."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from ddb_fast import checkpoint
+
+
+def test_atomic_write_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    checkpoint.write_atomically(path, "old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_atomically(path, "new")
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save_tensors(path, {"x": torch.zeros(2)}, {})
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_safetensors_that_the_disk_refuses_is_an_os_error(tmp_path):
+    """A real refusal in the writing library: the process may write files of 4 KiB at most."""
+    code = f"""
+import pathlib, resource, torch
+from ddb_fast import checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+path = pathlib.Path({str(tmp_path)!r}) / "model.safetensors"
+try:
+    checkpoint.save_tensors(path, {{"x": torch.zeros(10**5)}}, {{}})
+except OSError as error:
+    print("refused:", error)
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.stdout.startswith("refused:"), answer.stderr
+    assert not list(tmp_path.glob("*safetensors*"))
+
+
+def test_tensors_of_every_layout_and_type_round_trip(tmp_path):
+    shared = torch.arange(12.0).view(3, 4)
+    tensors = {
+        "transposed": shared.t(),
+        "slice": shared[:, 1],
+        "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "scalar": torch.tensor(7),
+        "bf16": torch.randn(3).bfloat16(),
+        "empty": torch.zeros(0, 3),
+    }
+    path = tmp_path / "deep" / "x.safetensors"
+    checkpoint.save_tensors(path, tensors, {"a": [1, {"b": None}], "c": "text"})
+    loaded, metadata = checkpoint.load_tensors(path)
+    assert metadata == {"a": [1, {"b": None}], "c": "text"}
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 64])
+def test_a_damaged_file_is_one_line(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not one of our safetensors files"):
+        checkpoint.load_tensors(path)
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    checkpoint.save_tensors(path, {"x": torch.zeros(1000)}, {})
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not one of our safetensors files"):
+        checkpoint.load_tensors(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"absent\.safetensors"):
+        checkpoint.load_tensors(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (nn.Linear(3, 5), r"weight \(5, 3\) instead of \(4, 3\) and 1 more"),
+        (nn.Linear(3, 4, bias=False), "bias is missing"),
+        (nn.Sequential(nn.Linear(3, 4)), r"0\.weight|weight is missing"),
+    ],
+)
+def test_another_shape_is_one_line(other, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        checkpoint.load_into(nn.Linear(3, 4), other.state_dict(), source="x.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_an_optimizer_continues_exactly(tmp_path, kind):
+    def make():
+        torch.manual_seed(0)
+        network = nn.Linear(5, 3)
+        if kind == "adamw":
+            return network, torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
+        return network, torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+
+    def steps(network, optimizer, numbers):
+        for i in numbers:
+            x = torch.full((2, 5), float(i + 1))
+            network(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    straight = make()
+    steps(*straight, range(6))
+    first = make()
+    steps(*first, range(3))
+    path = tmp_path / "state.safetensors"
+    state = checkpoint.with_prefix("model", first[0].state_dict())
+    state |= checkpoint.with_prefix("optimizer", checkpoint.optimizer_tensors(first[1]))
+    checkpoint.save_tensors(path, state, {})
+    second = make()
+    loaded, _ = checkpoint.load_tensors(path)
+    checkpoint.load_into(second[0], checkpoint.select(loaded, "model"), source="x")
+    checkpoint.load_optimizer(second[1], checkpoint.select(loaded, "optimizer"))
+    steps(*second, range(3, 6))
+    assert torch.equal(second[0].weight, straight[0].weight)
+    assert torch.equal(second[0].bias, straight[0].bias)

@@ -1,0 +1,181 @@
+"""Configuration: JSON round trip, typed options, presets, and the fields each stage depends on."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ddb_fast.arguments import parse_run
+from ddb_fast.config import (
+    METHODS,
+    STAGE_FIELDS,
+    fields_hash,
+    flatten,
+    from_json,
+    stage_fields,
+    to_json,
+    with_fields,
+)
+from ddb_fast.presets import PRESETS, load_config
+
+
+@pytest.fixture(params=sorted(PRESETS))
+def preset(request):
+    return load_config(request.param)
+
+
+def test_json_round_trip(preset):
+    assert from_json(to_json(preset)) == preset
+
+
+def test_every_leaf_is_an_option_that_round_trips_as_text(preset):
+    words = {
+        name: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in flatten(preset).items()
+    }
+    assert with_fields(preset, words) == preset
+
+
+def test_presets_are_frozen_and_named_after_themselves(preset):
+    assert PRESETS[preset.preset]() == preset
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        preset.seed = 1
+
+
+def test_ddb_is_the_authors_schedule():
+    d = load_config("ddb").diffusion
+    assert (d.batch_size, d.images) == (32, 32 * 100_000)
+    assert (d.beta_start, d.beta_end, d.timesteps, d.target) == (1e-4, 0.028, 1000, "eps")
+    assert (d.lr * d.warmup_from, d.lr) == (pytest.approx(1e-4), 2.5e-4)
+    assert d.unet.channel_multipliers == (1, 2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"diffusion.images": "many"}, "diffusion.images: 'many' is not a whole number"),
+        ({"diffusion.images": "1.5"}, "not a whole number"),
+        ({"diffusion.lr": "fast"}, "diffusion.lr: 'fast' is not a number"),
+        ({"sampling.clip_x0": "maybe"}, "sampling.clip_x0: 'maybe' is not true or false"),
+        ({"sampling.sampler": "euler"}, "sampling.sampler: 'euler' is none of ddpm"),
+        ({"diffusion.speed": 1}, "unknown field: diffusion.speed"),
+        ({"nothing.at.all": 1}, "unknown field: nothing.at.all"),
+        ({"methods": ["erm", "magic"]}, "magic"),
+        ({"seeds": []}, "at least one"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"diffusion.batch_size": 0}, "diffusion.batch_size: 0"),
+        ({"diffusion.images": -5}, "diffusion.images: -5"),
+        ({"sampling.steps": 0}, "sampling.steps: 0"),
+        ({"data.rho": 1.5}, "data.rho: 1.5"),
+        ({"classifier.lr": "nan"}, "classifier.lr: nan"),
+        ({"threads": 0}, "threads: 0"),
+    ],
+)
+def test_wrong_fields_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        with_fields(load_config("digits"), change)
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"), [("none", None), ("None", None), ("5000", 5000), ("5_000", 5000)]
+)
+def test_optional_numbers(typed, expected):
+    config = with_fields(load_config("digits"), {"diffusion.ema_half_life": typed})
+    assert config.diffusion.ema_half_life == expected
+
+
+def test_scientific_notation_is_a_whole_number():
+    assert with_fields(load_config("digits"), {"diffusion.images": "1e5"}).diffusion.images == 10**5
+
+
+def test_unknown_preset_and_broken_files(tmp_path):
+    with pytest.raises(ValueError, match="unknown preset 'nope'; known: ddb, lean, tiny, digits"):
+        load_config("nope")
+    with pytest.raises(ValueError, match="No such file"):
+        load_config(str(tmp_path / "absent.json"))
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        load_config(str(broken))
+    broken.write_text(json.dumps({"preset": "x"}))
+    with pytest.raises(ValueError, match="diffusion"):
+        load_config(str(broken))
+
+
+def test_every_method_and_stage_names_fields_that_exist():
+    leaves = flatten(load_config("ddb"))
+    assert set(METHODS) <= set(STAGE_FIELDS)
+    for stage, names in STAGE_FIELDS.items():
+        for name in names:
+            assert any(leaf == name or leaf.startswith(f"{name}.") for leaf in leaves), (
+                stage,
+                name,
+            )
+
+
+def test_stage_fields_change_only_what_depends_on_them():
+    base = load_config("digits")
+
+    def changed(field, value):
+        other = with_fields(base, {field: value})
+        return {
+            stage
+            for stage in STAGE_FIELDS
+            if fields_hash(stage_fields(base, stage)) != fields_hash(stage_fields(other, stage))
+        }
+
+    everything = set(STAGE_FIELDS)
+    ddb = {"ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii"}
+    assert changed("diffusion.lr", 1) == {"diffusion", "synthetic", "amplifier", "scores"} | ddb
+    assert changed("classifier.lr", 1) == {"erm", "group-dro"} | ddb
+    assert changed("reweighting.class_maximum", True) == {"ddb-ii"}
+    assert changed("pseudo_labels.gamma", 2) == {"scores"} | ddb
+    assert changed("data.rho", 0.9) == everything
+    free = ["methods", "seeds", "threads", "out", "data.path", "checkpoint_minutes", "progress"]
+    for field in free:
+        value = {"methods": "erm", "seeds": "7", "progress": "false"}.get(field, "3")
+        assert changed(field, value) == set(), field
+
+
+def test_options_reach_fields():
+    argv = "tiny --data photos --out here --methods erm ddb-ii --seeds 3 4 --diffusion.lr 1e-5"
+    config, dry = parse_run([*argv.split(), "--diffusion", "gen", "--dry-run"], prog="x")
+    assert dry
+    assert (config.data.path, config.out, config.diffusion.load) == ("photos", "here", "gen")
+    assert (config.methods, config.seeds, config.diffusion.lr) == (("erm", "ddb-ii"), (3, 4), 1e-5)
+
+
+def test_data_given_to_the_embedded_preset_is_read():
+    config, _ = parse_run(["digits", "--data", "photos"], prog="x")
+    assert (config.data.source, config.data.path) == ("auto", "photos")
+
+
+@pytest.mark.parametrize(
+    "argv", [["nope"], ["tiny"], ["digits", "--seeds", "a"], ["digits", "--foo"], []]
+)
+def test_wrong_commands_are_one_line_and_exit_2(argv):
+    answer = subprocess.run(
+        [sys.executable, "-m", "ddb_fast.cli", "run", *argv], capture_output=True, text=True
+    )
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert len(answer.stderr.splitlines()) == 1
+
+
+def test_dry_run_prints_a_configuration_that_runs_again(tmp_path):
+    command = [sys.executable, "-m", "ddb_fast.cli", "run"]
+    first = subprocess.run(
+        [*command, "digits", "--dry-run", "--diffusion.lr", "0.5"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    path = tmp_path / "mine.json"
+    path.write_text(first.stdout)
+    again = subprocess.run(
+        [*command, str(path), "--dry-run"], capture_output=True, text=True, check=True
+    )
+    assert again.stdout == first.stdout
+    assert from_json(first.stdout).diffusion.lr == 0.5

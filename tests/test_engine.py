@@ -1,0 +1,234 @@
+"""The training loop: its clock, its moving average, and that stopping it changes nothing."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ddb_fast.config import Optimisation
+from ddb_fast.data.samplers import ShuffledSampler
+from ddb_fast.engine import EMA, Checkpoints, build_optimizer, fit, learning_rate, step_seed
+from ddb_fast.trackers import RunLog
+
+
+def test_learning_rate_is_the_authors_schedule():
+    """Their GradualWarmupScheduler(2.5, warm_epoch) over CosineAnnealingLR(T_max), by epochs."""
+    epochs, warm = 100, 10
+    config = Optimisation(
+        images=epochs,
+        batch_size=1,
+        lr=2.5e-4,
+        warmup=warm / epochs,
+        warmup_from=0.4,
+        lr_schedule="cosine-cut",
+    )
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.5e-4)
+    cosine = CosineAnnealingLR(optimizer, T_max=epochs, eta_min=0)
+    expected = [1e-4 * ((2.5 - 1) * e / warm + 1) for e in range(warm)]
+    for _ in range(epochs - warm):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cosine.step()
+    got = [learning_rate(config, e) for e in range(epochs)]
+    assert got == pytest.approx(expected, rel=1e-9)
+    assert learning_rate(config, epochs) == pytest.approx(6.1e-6, rel=0.02)
+
+
+def test_cosine_and_constant_schedules():
+    cosine = Optimisation(images=1000, batch_size=10, lr=1.0, warmup=0.2)
+    assert learning_rate(cosine, 100) == pytest.approx(0.5)
+    assert learning_rate(cosine, 200) == pytest.approx(1.0)
+    assert learning_rate(cosine, 600) == pytest.approx(0.5)
+    assert learning_rate(cosine, 1000) == pytest.approx(0.0, abs=1e-12)
+    flat = Optimisation(images=1000, batch_size=10, lr=0.3, lr_schedule="constant")
+    assert {learning_rate(flat, i) for i in range(0, 1001, 100)} == {0.3}
+
+
+def test_ema_equals_swa_utils_at_a_fixed_decay():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    size, half_life = 8, 100
+    oracle = AveragedModel(
+        network, multi_avg_fn=get_ema_multi_avg_fn(0.5 ** (size / half_life)), use_buffers=False
+    )
+    oracle.update_parameters(network)  # the first call copies
+    ema = EMA(network, half_life=half_life, rampup=math.inf)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    for step in range(20):
+        network(torch.randn(16, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        oracle.update_parameters(network)
+        ema.update((step + 1) * size, size)
+    for name, parameter in oracle.module.named_parameters():
+        torch.testing.assert_close(ema.tensors[name], parameter.detach())
+    assert torch.equal(ema.tensors["1.running_mean"], network[1].running_mean)
+
+
+def test_ema_half_life_is_in_images():
+    network = nn.Linear(1, 1)
+    coarse, fine = (EMA(network, half_life=500, rampup=math.inf) for _ in range(2))
+    assert (1 - coarse.weight(10**6, 100)) == pytest.approx((1 - fine.weight(10**6, 10)) ** 10)
+    assert 1 - coarse.weight(10**6, 500) == pytest.approx(0.5)
+    early = EMA(network, half_life=10**9, rampup=0.05)
+    assert 1 - early.weight(2000, 100) == pytest.approx(0.5)
+
+
+def test_step_seeds_differ_and_fit_a_generator():
+    seeds = {
+        step_seed(s, stage, i, r) for s in (0, 1) for stage in "ab" for i in (0, 1) for r in (0, 1)
+    }
+    assert len(seeds) == 16
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+class Table(nn.Module):
+    """A recipe with state: counts visits and lets them weigh the loss."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.register_buffer("visits", torch.zeros(n))
+
+    def forward(self, losses, index):
+        self.visits[index] += 1
+        return (losses / self.visits[index]).mean()
+
+
+def train(tmp_path, name, *, optimisation=None, stop_after=None, every=None):
+    """Fit a small noisy network; optionally interrupt, as Ctrl-C would, after some steps."""
+    torch.manual_seed(1)
+    x, y = torch.randn(50, 6), torch.randn(50, 1)
+    network = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    recipe = Table(50)
+    ema = EMA(network, half_life=64, rampup=0.5)
+    config = optimisation or Optimisation(images=240, batch_size=8, lr=0.01, grad_clip=1.0)
+    taken = []
+
+    def loss_of(model, index):
+        if stop_after is not None and len(taken) == stop_after:
+            raise KeyboardInterrupt
+        taken.append(index)
+        noise = 0.1 * torch.randn(len(index), 6)
+        losses = (model(x[index] + noise) - y[index]).square().mean(1)
+        return recipe(losses, index)
+
+    accelerator = Accelerator(cpu=True)
+    fit(
+        accelerator,
+        network,
+        loss_of,
+        config=config,
+        sampler=ShuffledSampler(50, seed=3),
+        stage="test",
+        seed=5,
+        log=RunLog(accelerator, tmp_path / "log.jsonl"),
+        checkpoints=Checkpoints(path=tmp_path / name / "state.safetensors", images=every),
+        recipe=recipe,
+        ema=ema,
+        show_progress=False,
+    )
+    return network.state_dict(), ema.tensors, recipe.visits, taken
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, optimizer):
+    config = Optimisation(
+        images=240, batch_size=8, lr=0.01, weight_decay=0.1, grad_clip=1.0, optimizer=optimizer
+    )
+    straight = train(tmp_path, "a", optimisation=config)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "b", optimisation=config, stop_after=17, every=40)
+    resumed = train(tmp_path, "b", optimisation=config, every=40)
+    assert len(resumed[3]) == 30 - 15, "it continued from the checkpoint, not from the start"
+    for before, after in zip(straight[:2], resumed[:2], strict=True):
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert torch.equal(after[name], tensor), name
+    assert torch.equal(straight[2], resumed[2])
+
+
+def test_every_epoch_shows_every_sample_once(tmp_path):
+    *_, taken = train(tmp_path, "a")
+    stream = torch.cat(taken)
+    assert sorted(stream[:50].tolist()) == list(range(50))
+    assert sorted(stream[50:100].tolist()) == list(range(50))
+
+
+def test_accumulation_equals_the_whole_batch(tmp_path):
+    """On a mean loss without batch norm, dropout or noise, parts sum to the whole."""
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 4), torch.randn(32, 1)
+
+    def run(parts):
+        torch.manual_seed(0)
+        network = nn.Linear(4, 1)
+        accelerator = Accelerator(cpu=True)
+        fit(
+            accelerator,
+            network,
+            lambda model, index: (model(x[index]) - y[index]).square().mean(),
+            config=Optimisation(images=64, batch_size=16, lr=0.1, accumulate=parts),
+            sampler=ShuffledSampler(32, seed=0),
+            stage="test",
+            seed=0,
+            log=RunLog(accelerator, None),
+            checkpoints=Checkpoints(path=tmp_path / f"{parts}.safetensors"),
+            show_progress=False,
+        )
+        return network.weight
+
+    torch.testing.assert_close(run(4), run(1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_that_cannot_be_divided_is_named(tmp_path):
+    config = Optimisation(images=64, batch_size=10, accumulate=4)
+    with pytest.raises(ValueError, match="batch_size 10 is not a multiple of 1 devices x 4"):
+        train(tmp_path, "a", optimisation=config)
+
+
+def test_a_checkpoint_of_another_network_is_one_line(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "a", stop_after=10, every=8)
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(ValueError, match="a checkpoint of another shape"):
+        fit(
+            accelerator,
+            nn.Linear(6, 1),
+            lambda model, index: model(torch.zeros(len(index), 6)).mean(),
+            config=Optimisation(images=240, batch_size=8),
+            sampler=ShuffledSampler(50, seed=3),
+            stage="test",
+            seed=5,
+            log=RunLog(accelerator, None),
+            checkpoints=Checkpoints(path=tmp_path / "a" / "state.safetensors"),
+            show_progress=False,
+        )
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(FloatingPointError, match="the loss is nan after 8 images"):
+        fit(
+            accelerator,
+            nn.Linear(1, 1),
+            lambda model, index: model(torch.full((len(index), 1), math.nan)).mean(),
+            config=Optimisation(images=8, batch_size=8),
+            sampler=ShuffledSampler(50, seed=3),
+            stage="test",
+            seed=5,
+            log=RunLog(accelerator, None),
+            checkpoints=Checkpoints(path=tmp_path / "state.safetensors"),
+            show_progress=False,
+        )
+
+
+def test_optimizers_are_the_configured_ones():
+    parameter = [nn.Parameter(torch.zeros(2))]
+    sgd = build_optimizer(Optimisation(images=1, batch_size=1, optimizer="sgd", lr=0.2), parameter)
+    assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["momentum"] == 0.9
+    adam = build_optimizer(Optimisation(images=1, batch_size=1, weight_decay=0.3), parameter)
+    assert isinstance(adam, torch.optim.AdamW) and adam.defaults["weight_decay"] == 0.3
