@@ -5,6 +5,7 @@ the arguments that `ops.py` has checked: x is (N, C, H, W), contiguous or channe
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -80,9 +81,8 @@ def group_norm(
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
     """o = softmax(q k^T * scale) v; Vaswani et al. 2017, equation 1, where scale is 1 / sqrt(D)."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    # Autocast would run the two products in half precision.
-    with torch.autocast(q.device.type, enabled=False):
-        exact = _exact(q.dtype)
+    exact = _exact(q.dtype)
+    with no_autocast(q.device):
         scores = q.to(exact) @ k.to(exact).mT * scale
         return (torch.softmax(scores, -1) @ v.to(exact)).to(q.dtype)
 
@@ -147,6 +147,13 @@ def philox(
         c2, c3 = (a >> 32 & _WORD) ^ c3 ^ k1, a & _WORD
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
     return c0, c1, c2, c3
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Suspend autocast, which returns group norms in fp32 and runs products in half precision."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

@@ -5,7 +5,6 @@ contiguous or channels_last. Known limit: torch's CPU kernel for channels_last t
 E[x^2] - E[x]^2, in fp32 10 % off where mean / std = 1000; its contiguous kernel is not.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,9 +104,8 @@ def _group_norm(
         # Without an fp32 parameter the statistics would be kept for the backward in half precision.
         weight = x.new_ones(x.shape[1], dtype=dtype)
     # Not F.group_norm, which refuses one element per channel.
-    y = _without_autocast(
-        torch.group_norm, x, num_groups, _cast(weight, dtype), _cast(bias, dtype), eps
-    )
+    with reference.no_autocast(x.device):
+        y = torch.group_norm(x, num_groups, _cast(weight, dtype), _cast(bias, dtype), eps)
     # A copy only on CUDA, whose kernel reads and writes NCHW alone up to torch 2.13.
     return y.contiguous(memory_format=reference.layout(x))
 
@@ -121,18 +119,10 @@ def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
-def _without_autocast(function: Callable[..., Tensor], x: Tensor, *arguments: Any, **options: Any):
-    # Autocast makes torch's group norm return fp32 and its attention return half precision.
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return function(x, *arguments, **options)
-    with torch.autocast(device, enabled=False):
-        return function(x, *arguments, **options)
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
     """`F.scaled_dot_product_attention`, in q's dtype under autocast too."""
-    return _without_autocast(F.scaled_dot_product_attention, q, k, v, scale=scale)
+    with reference.no_autocast(q.device):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 def attention_qkv(qkv: Tensor, num_heads: int, *, scale: float | None) -> Tensor:

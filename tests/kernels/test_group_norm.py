@@ -201,8 +201,17 @@ def test_no_samples(backend, layout, shape):
 
 @backends
 @layouts
-@pytest.mark.parametrize("activation", (None, "silu"))
-@pytest.mark.parametrize("names", (("weight", "bias"), ("scale",), ("shift",), ()), ids=str)
+@pytest.mark.parametrize(
+    ("names", "activation"),
+    (
+        ((), None),
+        ((), "silu"),
+        (("weight", "bias"), None),
+        (("scale",), "silu"),
+        (("shift",), None),
+    ),
+    ids=str,
+)
 def test_gradients_against_finite_differences(backend, layout, activation, names):
     full = operands((2, 4, 2, 3), torch.float64, layout=layout)
     names = ("x", *names) if names else tuple(full)
@@ -358,6 +367,13 @@ def test_constant_input_gives_the_bias(backend, layout):
 
 
 @backends
+def test_shapes_without_data(backend):
+    full = {name: t.to("meta") for name, t in operands((2, 8, 4, 4)).items()}
+    y = group_norm(full.pop("x"), 4, **full, activation="silu", backend=backend)
+    assert y.shape == (2, 8, 4, 4) and y.is_meta
+
+
+@backends
 def test_without_gradients_the_input_survives(backend):
     x = torch.randn(2, 6, 4, 4)
     before = x.clone()
@@ -367,8 +383,10 @@ def test_without_gradients_the_input_survives(backend):
     assert torch.equal(y, group_norm(x, 2, activation="silu", backend=backend))
 
 
-@backends
-@layouts
+@pytest.mark.parametrize(
+    ("backend", "layout"),
+    (("reference", CONTIGUOUS), ("torch", CONTIGUOUS), ("torch", CHANNELS_LAST)),
+)
 def test_compiles_whole_and_once(backend, layout):
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()

@@ -1,0 +1,72 @@
+"""Pixels as networks see them: uint8 images to normalised floats and back.
+
+The statistics are in units of 0..255, so that black, mid-grey and white are exact.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# (mean, standard deviation) of each channel; ImageNet's are those of every torchvision model.
+_STATISTICS = {
+    "symmetric": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+    "imagenet": (
+        tuple(255 * mean for mean in (0.485, 0.456, 0.406)),
+        tuple(255 * std for std in (0.229, 0.224, 0.225)),
+    ),
+}
+
+
+@cache
+def _on_device(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    # Kept per device, because copying them there would stall every training step; and made outside
+    # inference mode, because the first caller may be inside and the next one training.
+    with torch.inference_mode(False):
+        mean, std = torch.tensor(_STATISTICS[kind], dtype=torch.float32, device=device)
+        return mean.view(3, 1, 1), std.view(3, 1, 1)
+
+
+def _statistics(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    if kind not in _STATISTICS:
+        raise ValueError(f"pixel normalisation {kind!r} is none of {', '.join(_STATISTICS)}")
+    return _on_device(kind, device)
+
+
+def _check_images(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
+
+
+def normalise(images: Tensor, kind: str) -> Tensor:
+    """Images as the float32 input of a network, in the same memory format.
+
+    images: (N, 3, H, W) uint8. kind: symmetric, to [-1, 1]; imagenet, to ImageNet's mean 0 and
+    deviation 1 in each channel. ValueError for another kind, dtype or shape.
+    """
+    mean, std = _statistics(kind, images.device)
+    _check_images(images)
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, got {images.dtype}")
+    return images.float().sub_(mean).div_(std)
+
+
+def denormalise(x: Tensor, kind: str) -> Tensor:
+    """The inverse of `normalise`, rounded to the nearest of 0..255.
+
+    x: (N, 3, H, W), floating point. ValueError for another kind, dtype or shape.
+    """
+    mean, std = _statistics(kind, x.device)
+    _check_images(x)
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}")
+    return (x.float() * std + mean).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def value_range(kind: str) -> tuple[Tensor, Tensor]:
+    """The values that black and white pixels take after `normalise`: low and high, (3, 1, 1) each.
+
+    ValueError for an unknown kind.
+    """
+    mean, std = _statistics(kind, torch.device("cpu"))
+    return (0 - mean) / std, (255 - mean) / std

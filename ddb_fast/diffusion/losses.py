@@ -1,0 +1,56 @@
+"""The training loss of the class-conditional diffusion model."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ddb_fast.diffusion.schedule import Schedule
+
+
+def diffusion_loss(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x0: Tensor,
+    y: Tensor,
+    *,
+    schedule: Schedule,
+    null_class: int,
+    target: str = "eps",
+    class_dropout: float = 0.1,
+    class_dropout_per: str = "sample",
+    loss_scale: str = "mean",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Squared error of the predicted noise (or v) at random timesteps, a scalar.
+
+    model(x_t, t, y) -> prediction of x_t's shape, in any dtype; it may be wrapped (DDP), hence
+    null_class, the label that stands for "no class". x0: (N, C, H, W) normalised images; the loss
+    is computed in their dtype, so keep them float32 under autocast. y: (N,) int64.
+    target: eps | v. class_dropout: probability that a label is dropped, drawn for every sample or
+    (the authors) once for the whole batch. loss_scale: mean, or authors, who divide the sum over
+    everything by N^2, N the batch of this call. generator: on x0's device; None: the global one.
+    ValueError for an unknown name or a probability outside [0, 1].
+    Source: Ho et al. 2020, equation 14; v: Salimans & Ho 2022; dropped labels: Ho & Salimans 2022,
+    algorithm 1.
+    """
+    if target not in ("eps", "v"):
+        raise ValueError(f"target {target!r} is none of eps, v")
+    if class_dropout_per not in ("sample", "batch"):
+        raise ValueError(f"class_dropout_per {class_dropout_per!r} is none of sample, batch")
+    if loss_scale not in ("mean", "authors"):
+        raise ValueError(f"loss_scale {loss_scale!r} is none of mean, authors")
+    if not 0 <= class_dropout <= 1:
+        raise ValueError(f"class_dropout {class_dropout} is outside 0 to 1")
+    n, device = len(x0), x0.device
+    t = torch.randint(schedule.timesteps, (n,), device=device, generator=generator)
+    # Unlike randn, keeps channels_last; unlike randn_like, takes a generator.
+    eps = torch.empty_like(x0).normal_(generator=generator)
+    draws = n if class_dropout_per == "sample" else 1
+    dropped = torch.rand(draws, device=device, generator=generator) < class_dropout
+    prediction = model(schedule.add_noise(x0, eps, t), t, torch.where(dropped, null_class, y))
+    truth = eps if target == "eps" else schedule.v(x0, eps, t)
+    mean = F.mse_loss(prediction.to(x0.dtype), truth)
+    if loss_scale == "mean":
+        return mean
+    return mean * (x0[0].numel() / n)

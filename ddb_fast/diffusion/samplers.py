@@ -1,0 +1,193 @@
+"""Samplers: pure functions from noise to images, `sample_x(denoise, x, ...)`.
+
+`denoise(x_t, t)` returns the predicted (x0, eps); `guided` makes one from a network. The state x is
+(N, C, H, W) in float32 whatever precision the network runs in. Coefficients are Python floats
+computed in fp64 from the schedule, and t is a Python int, so no step waits for the device.
+
+Every sampler walks the timesteps it is given and ends at the clean image; `timesteps` spaces them
+evenly, as diffusers' DPMSolverMultistepScheduler does by default.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddb_fast.diffusion.schedule import Schedule
+
+Denoiser = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+Noise = Callable[[], Tensor]
+
+
+def timesteps(T: int, steps: int) -> list[int]:
+    """`steps` of the timesteps 0..T-1, descending from T-1: "linspace" spacing.
+
+    The rounded points of an even division of T-1..0, without 0 itself: from the last one a sampler
+    jumps to the clean image. With steps = T there is nothing to leave out, and all are walked.
+    ValueError unless 1 <= steps <= T.
+    """
+    if not 1 <= steps <= T:
+        raise ValueError(f"{steps} sampling steps of {T} timesteps: must be in 1..{T}")
+    spaced = np.linspace(0, T - 1, steps + 1)[1:] if steps < T else np.arange(T)
+    return [round(t) for t in reversed(spaced.tolist())]
+
+
+def guided(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    y: Tensor,
+    *,
+    guidance_scale: float,
+    null_class: int,
+    target: str,
+    schedule: Schedule,
+    clip: tuple[Tensor, Tensor] | None = None,
+) -> Denoiser:
+    """A denoiser with classifier-free guidance, both branches in one forward pass.
+
+    model(x, t, y) predicts `target`, eps or v; y: (N,) int64, the wanted classes. guidance_scale s:
+    prediction = null + s (conditional - null), which is the paper's (1 + w) eps_c - w eps_null
+    with s = 1 + w; s = 1 leaves the null branch out. clip: (low, high), broadcastable to x; the
+    predicted x0 is clamped to them and eps recomputed so that both still make up x_t.
+    ValueError for an unknown target. Source: Ho & Salimans 2022, equation 6.
+    """
+    if target not in ("eps", "v"):
+        raise ValueError(f"target {target!r} is none of eps, v")
+    both = guidance_scale != 1
+    if both:
+        y = torch.cat([y, torch.full_like(y, null_class)])
+
+    def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        batch = torch.cat([x, x]) if both else x
+        # Back to the state's precision before the branches are subtracted.
+        prediction = model(batch, torch.full_like(y, t), y).to(x.dtype)
+        if both:
+            # v guided is eps guided: at fixed x_t eps is affine in v, and the branches' weights,
+            # s and 1 - s, sum to one.
+            conditional, null = prediction.chunk(2)
+            prediction = torch.lerp(null, conditional, guidance_scale)
+        if target == "eps":
+            x0, eps = schedule.x0_from_eps(x, prediction, t), prediction
+        else:
+            x0, eps = schedule.x0_from_v(x, prediction, t), schedule.eps_from_v(x, prediction, t)
+        if clip is not None:
+            x0 = x0.clamp(*clip)
+            eps = schedule.eps_from_x0(x, x0, t)
+        return x0, eps
+
+    return denoise
+
+
+def _alpha_bars(schedule: Schedule, timesteps: Sequence[int]) -> list[float]:
+    """alpha_bar at the timesteps, and 1 for the clean image behind the last."""
+    walk, last = list(timesteps), schedule.timesteps - 1
+    if not walk or walk != sorted(set(walk), reverse=True) or walk[0] > last or walk[-1] < 0:
+        raise ValueError(f"timesteps must descend within 0..{last}, got {walk}")
+    return [*schedule.alpha_bar[walk].tolist(), 1.0]
+
+
+def sample_ddpm(
+    denoise: Denoiser,
+    x: Tensor,
+    *,
+    schedule: Schedule,
+    timesteps: Sequence[int],
+    noise: Noise,
+    variance: str = "beta",
+) -> Tensor:
+    """Ancestral sampling, without noise at the last step.
+
+    variance of the noise of a step: beta, the larger of the two in the source, or posterior, the
+    smaller one; both of the respaced chain when timesteps are left out. noise() is like x.
+    ValueError for another variance. Source: Ho et al. 2020, equation 7 and algorithm 2; respaced
+    betas: Nichol & Dhariwal 2021, equation 19.
+    """
+    if variance not in ("beta", "posterior"):
+        raise ValueError(f"variance {variance!r} is none of beta, posterior")
+    alpha_bars = _alpha_bars(schedule, timesteps)
+    for t, (alpha_bar, alpha_bar_next) in zip(timesteps, pairwise(alpha_bars), strict=True):
+        alpha = alpha_bar / alpha_bar_next
+        beta = 1 - alpha
+        shrink = (1 - alpha_bar_next) / (1 - alpha_bar)
+        x0, _ = denoise(x, t)
+        x = math.sqrt(alpha_bar_next) * beta / (1 - alpha_bar) * x0 + math.sqrt(alpha) * shrink * x
+        if alpha_bar_next < 1:
+            x = x + math.sqrt(beta if variance == "beta" else beta * shrink) * noise()
+    return x
+
+
+def sample_ddpm_authors(
+    denoise: Denoiser, x: Tensor, *, schedule: Schedule, noise: Noise
+) -> Tensor:
+    """Ancestral sampling as in the authors' generator, which stops one step early.
+
+    Every timestep from T-1 to 1 with noise of variance beta_t; t = 0 is left out, so the result
+    keeps the noise of x_0, 1 - alpha_bar_0 of its variance. To leave x0 unclipped as they do, give
+    a denoiser that does not clip.
+    """
+    alpha_bar = schedule.alpha_bar.tolist()
+    for t in range(schedule.timesteps - 1, 0, -1):
+        alpha = alpha_bar[t] / alpha_bar[t - 1]
+        beta = 1 - alpha
+        _, eps = denoise(x, t)
+        mean = (x - beta / math.sqrt(1 - alpha_bar[t]) * eps) / math.sqrt(alpha)
+        x = mean + math.sqrt(beta) * noise()
+    return x
+
+
+def sample_ddim(
+    denoise: Denoiser,
+    x: Tensor,
+    *,
+    schedule: Schedule,
+    timesteps: Sequence[int],
+    noise: Noise | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """DDIM: eta = 0 is deterministic, eta = 1 is ancestral sampling with the posterior variance.
+
+    noise() is like x and needed only for eta > 0. ValueError for eta outside [0, 1], or positive
+    without noise. Source: Song et al. 2021, equations 12 and 16.
+    """
+    if not 0 <= eta <= 1 or (eta > 0 and noise is None):
+        raise ValueError(f"eta must be in [0, 1], above 0 only with noise, got {eta}")
+    alpha_bars = _alpha_bars(schedule, timesteps)
+    for t, (alpha_bar, alpha_bar_next) in zip(timesteps, pairwise(alpha_bars), strict=True):
+        shrink = (1 - alpha_bar_next) / (1 - alpha_bar)
+        variance = eta**2 * shrink * (1 - alpha_bar / alpha_bar_next)
+        x0, eps = denoise(x, t)
+        x = math.sqrt(alpha_bar_next) * x0 + math.sqrt(1 - alpha_bar_next - variance) * eps
+        if variance > 0:
+            x = x + math.sqrt(variance) * noise()
+    return x
+
+
+def _half_log_snr(alpha_bar: float) -> float:
+    """lambda of Lu et al. 2022, the time in which the solver's steps are measured."""
+    return math.log(alpha_bar / (1 - alpha_bar)) / 2
+
+
+def sample_dpm_solver_pp_2m(
+    denoise: Denoiser, x: Tensor, *, schedule: Schedule, timesteps: Sequence[int]
+) -> Tensor:
+    """DPM-Solver++(2M): second order in the log-SNR from one network call a step, deterministic.
+
+    The first step and the last one, to the clean image, are of first order; between them x0 is
+    extrapolated to the middle of the step. Source: Lu et al. 2022 (DPM-Solver++), algorithm 2.
+    """
+    alpha_bars = _alpha_bars(schedule, timesteps)
+    previous, h_previous = None, None
+    for t, (alpha_bar, alpha_bar_next) in zip(timesteps, pairwise(alpha_bars), strict=True):
+        x0, _ = denoise(x, t)
+        if alpha_bar_next == 1:
+            return x0
+        h = _half_log_snr(alpha_bar_next) - _half_log_snr(alpha_bar)
+        middle = x0
+        if previous is not None:
+            middle = torch.lerp(previous, x0, 1 + h / (2 * h_previous))
+        shrink = math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar))
+        x = shrink * x - math.sqrt(alpha_bar_next) * math.expm1(-h) * middle
+        previous, h_previous = x0, h
+    return x

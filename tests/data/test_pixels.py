@@ -1,0 +1,85 @@
+"""Pixel normalisation: exact ends, ImageNet's figures, and a round trip without loss."""
+
+import pytest
+import torch
+
+from ddb_fast.data.pixels import denormalise, normalise, value_range
+
+KINDS = ("symmetric", "imagenet")
+EVERY_VALUE = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_value_survives_the_round_trip(kind):
+    assert torch.equal(denormalise(normalise(EVERY_VALUE, kind), kind), EVERY_VALUE)
+
+
+def test_black_and_white_are_exactly_minus_one_and_one():
+    x = normalise(EVERY_VALUE, "symmetric").flatten(2)
+    assert x.dtype == torch.float32
+    assert (x[..., 0] == -1).all() and (x[..., 255] == 1).all()
+    assert torch.allclose(x, torch.linspace(-1, 1, 256), atol=1e-7)
+
+
+def test_imagenet_figures():
+    """White is (1 - mean) / std; figures worked by hand from .485/.229, .456/.224, .406/.225."""
+    white = normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), "imagenet").flatten()
+    black = normalise(torch.zeros((1, 3, 1, 1), dtype=torch.uint8), "imagenet").flatten()
+    assert white.tolist() == pytest.approx([2.248908, 2.428571, 2.640000], abs=1e-6)
+    assert black.tolist() == pytest.approx([-2.117904, -2.035714, -1.804444], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_range_is_what_real_pixels_reach(kind):
+    x = normalise(EVERY_VALUE, kind).squeeze(0).flatten(1)
+    low, high = value_range(kind)
+    assert low.shape == high.shape == (3, 1, 1)
+    assert torch.equal(low.flatten(), x.min(dim=1).values)
+    assert torch.equal(high.flatten(), x.max(dim=1).values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_outside_are_clamped_and_halves_are_rounded(kind):
+    low, high = value_range(kind)
+    assert (denormalise((low - 1)[None], kind) == 0).all()
+    assert (denormalise((high + 1)[None], kind) == 255).all()
+    level = (high - low) / 255
+    assert (denormalise((low + 6.4 * level)[None], kind) == 6).all()
+    assert (denormalise((low + 6.6 * level)[None], kind) == 7).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_last_stays(kind):
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    x = normalise(images, kind)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert denormalise(x, kind).is_contiguous(memory_format=torch.channels_last)
+    assert normalise(images.contiguous(), kind).is_contiguous()
+
+
+def test_the_first_use_may_be_in_inference_mode():
+    """The statistics outlive the call; a tensor of inference mode cannot be saved for backward."""
+    from ddb_fast.data import pixels
+
+    pixels._on_device.cache_clear()
+    with torch.inference_mode():
+        normalise(EVERY_VALUE, "imagenet")
+    mean, std = pixels._on_device("imagenet", torch.device("cpu"))
+    assert not mean.is_inference() and not std.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: normalise(EVERY_VALUE, "unit"), "'unit' is none of symmetric, imagenet"),
+        (lambda: denormalise(EVERY_VALUE.float(), "unit"), "'unit' is none of"),
+        (lambda: value_range("unit"), "'unit' is none of"),
+        (lambda: normalise(EVERY_VALUE.float(), "symmetric"), "uint8, got torch.float32"),
+        (lambda: denormalise(EVERY_VALUE, "symmetric"), "floating point, got torch.uint8"),
+        (lambda: normalise(EVERY_VALUE[:, :1], "symmetric"), r"got \(1, 1, 16, 16\)"),
+        (lambda: denormalise(torch.zeros(3, 8, 8), "symmetric"), r"got \(3, 8, 8\)"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

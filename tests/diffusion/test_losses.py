@@ -1,0 +1,163 @@
+"""The diffusion loss: its value worked out with known predictions, and what the model is shown."""
+
+import pytest
+import torch
+
+from ddb_fast.diffusion.losses import diffusion_loss
+from ddb_fast.diffusion.schedule import Schedule
+
+SCHEDULE = Schedule.linear(1000, 1e-4, 0.028)
+NULL = 7
+
+
+def images(n, size=8):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+class Spy:
+    """A model that remembers what it was shown and answers with `answer(x_t, t)`."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __call__(self, x_t, t, y):
+        self.x_t, self.t, self.y = x_t, t, y
+        return self.answer(x_t, t)
+
+
+def loss(model, x0, y=None, seed=0, **options):
+    y = torch.zeros(len(x0), dtype=torch.int64) if y is None else y
+    generator = torch.Generator().manual_seed(seed)
+    return diffusion_loss(
+        model, x0, y, schedule=SCHEDULE, null_class=NULL, generator=generator, **options
+    )
+
+
+@pytest.mark.parametrize("target", ["eps", "v"])
+def test_a_model_that_knows_the_image_has_no_loss(target):
+    """The oracle gets eps back out of x_t with fp64 algebra of its own."""
+    x0 = images(64).double()
+
+    def oracle(x_t, t):
+        alpha_bar = SCHEDULE.alpha_bar[t].view(-1, 1, 1, 1)
+        eps = (x_t - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+        return eps if target == "eps" else alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+
+    assert loss(Spy(oracle), x0, target=target).item() < 1e-20
+
+
+def test_predicting_nothing_costs_the_variance_of_the_target():
+    """E eps^2 = 1; E v^2 = alpha_bar + (1 - alpha_bar) x0^2, averaged over uniform t."""
+    x0, nothing = images(256, size=16), Spy(lambda x_t, t: torch.zeros_like(x_t))
+    assert loss(nothing, x0, target="eps").item() == pytest.approx(1, abs=0.02)
+    alpha_bar = SCHEDULE.alpha_bar[nothing.t].mean().item()
+    expected = alpha_bar + (1 - alpha_bar) * x0.square().mean().item()
+    assert loss(nothing, x0, target="v").item() == pytest.approx(expected, abs=0.02)
+
+
+def test_the_authors_scale_is_384_means_at_their_batch_and_size():
+    x0, model = images(32, size=64), Spy(lambda x_t, t: x_t)
+    mean, authors = (loss(model, x0, loss_scale=scale).item() for scale in ("mean", "authors"))
+    assert authors == pytest.approx(384 * mean, rel=1e-6)
+    x0 = images(5)
+    mean, authors = (loss(model, x0, loss_scale=scale).item() for scale in ("mean", "authors"))
+    assert authors == pytest.approx(mean * x0.numel() / 5**2, rel=1e-6)
+
+
+def test_timesteps_are_uniform_and_noise_is_standard_normal():
+    model, x0 = Spy(lambda x_t, t: torch.zeros_like(x_t)), torch.zeros(20000, 1, 2, 2)
+    loss(model, x0)
+    t = model.t
+    assert t.dtype == torch.int64 and t.min() >= 0 and t.max() <= 999
+    # Of 20,000 draws each timestep gets 20 +- 4.5; the ends must not be left out.
+    counts = torch.bincount(t, minlength=1000)
+    assert counts.min() > 0 and counts.max() < 50
+    assert counts[:10].sum() > 120 and counts[-10:].sum() > 120
+    eps = model.x_t / (1 - SCHEDULE.alpha_bar[t]).sqrt().view(-1, 1, 1, 1)
+    # Five standard errors of 80,000 draws.
+    assert abs(eps.mean()) < 0.018 and abs(eps.std() - 1) < 0.0125
+
+
+def test_labels_are_dropped_for_each_sample():
+    model, y = Spy(lambda x_t, t: x_t), torch.arange(10000) % 5
+    loss(model, torch.zeros(10000, 1, 1, 1), y, class_dropout=0.1)
+    dropped = model.y == NULL
+    # Binomial(10000, 0.1): five standard deviations are 150.
+    assert abs(int(dropped.sum()) - 1000) < 150
+    assert torch.equal(model.y[~dropped], y[~dropped])
+
+
+def test_labels_are_dropped_for_the_whole_batch():
+    model, y = Spy(lambda x_t, t: x_t), torch.tensor([1, 2, 3])
+    batches = 0
+    for seed in range(400):
+        loss(
+            model,
+            torch.zeros(3, 1, 1, 1),
+            y,
+            seed=seed,
+            class_dropout=0.25,
+            class_dropout_per="batch",
+        )
+        batches += model.y.tolist() == [NULL] * 3
+        assert model.y.tolist() in ([NULL] * 3, [1, 2, 3])
+    # Binomial(400, 0.25): five standard deviations are 43.
+    assert abs(batches - 100) < 43
+
+
+@pytest.mark.parametrize("per", ["sample", "batch"])
+def test_no_dropout_and_all_dropout(per):
+    model, y = Spy(lambda x_t, t: x_t), torch.arange(100) % 5
+    loss(model, torch.zeros(100, 1, 1, 1), y, class_dropout=0.0, class_dropout_per=per)
+    assert torch.equal(model.y, y)
+    loss(model, torch.zeros(100, 1, 1, 1), y, class_dropout=1.0, class_dropout_per=per)
+    assert (model.y == NULL).all()
+
+
+def test_the_error_is_taken_in_float32():
+    """0.1 in bf16 is off by 1e-4 of itself; a difference taken in bf16 would round to 1e-2."""
+    model = Spy(lambda x_t, t: x_t.bfloat16())
+    x0 = images(8)
+    value = loss(model, x0)
+    assert value.dtype == torch.float32
+    x_t, alpha_bar = model.x_t.double(), SCHEDULE.alpha_bar[model.t].view(-1, 1, 1, 1)
+    eps = (x_t - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+    expected = (model.x_t.bfloat16().double() - eps).square().mean().item()
+    assert value.item() == pytest.approx(expected, rel=1e-4)
+    assert value.item() != loss(Spy(lambda x_t, t: x_t), x0).item()
+
+
+def test_gradients_reach_the_model_and_the_global_generator_is_the_default():
+    weight = torch.ones((), requires_grad=True)
+    y = torch.zeros(4, dtype=torch.int64)
+    values = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        values.append(
+            diffusion_loss(
+                lambda x_t, t, y: weight * x_t, images(4), y, schedule=SCHEDULE, null_class=NULL
+            )
+        )
+    assert values[0].item() == values[1].item()
+    values[0].backward()
+    assert weight.grad is not None and weight.grad.isfinite() and weight.grad != 0
+
+
+def test_memory_format_reaches_the_model():
+    model = Spy(lambda x_t, t: x_t)
+    loss(model, images(2).to(memory_format=torch.channels_last))
+    assert model.x_t.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "x0"}, "target 'x0' is none of eps, v"),
+        ({"class_dropout_per": "epoch"}, "'epoch' is none of sample, batch"),
+        ({"loss_scale": "sum"}, "'sum' is none of mean, authors"),
+        ({"class_dropout": 1.5}, "class_dropout 1.5"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        loss(Spy(lambda x_t, t: x_t), images(2), **options)

@@ -1,0 +1,226 @@
+"""What a person can get wrong: one clear line on standard error, exit 2, and nothing lost."""
+
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import small
+from ddb_fast.train import main
+
+WORDS = "--diffusion.images 64 --amplifier.images 64 --classifier.images 64 --progress false"
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left(monkeypatch):
+    """`main` is called in this process, which is quicker than a process each."""
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+
+
+def refused(capsys, *argv):
+    """Run in this process; assert one line and exit 2; return the line."""
+    try:
+        code = main(list(map(str, argv)), prog="ddb-fast run")
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    lines = [line for line in captured.err.splitlines() if line.startswith("ddb-fast run: ")]
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def photo(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def photos(root, classes=("cat", "dog"), count=6):
+    for label in classes:
+        for i in range(count):
+            photo(root / label / f"{i}.png", seed=i)
+    return root
+
+
+def test_a_path_that_is_not_there(capsys, tmp_path):
+    line = refused(capsys, "tiny", "--data", tmp_path / "absent", "--out", tmp_path / "out")
+    assert "absent" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder(capsys, tmp_path):
+    (tmp_path / "photos").mkdir()
+    line = refused(capsys, "tiny", "--data", tmp_path / "photos", "--out", tmp_path / "out")
+    assert "photos" in line
+
+
+def test_one_class_only(capsys, tmp_path):
+    root = photos(tmp_path / "photos", classes=("cat",))
+    assert "cat" in refused(capsys, "tiny", "--data", root, "--out", tmp_path / "out")
+
+
+def test_a_class_without_training_images(capsys, tmp_path):
+    photos(tmp_path / "photos" / "train")
+    photos(tmp_path / "photos" / "test", classes=("cat", "dog", "fox"))
+    line = refused(capsys, "tiny", "--data", tmp_path / "photos", "--out", tmp_path / "out")
+    assert "fox" in line and "train" in line
+
+
+def test_a_corrupt_image_is_named_with_the_choice_to_skip_and_then_skipped(capsys, tmp_path):
+    root = photos(tmp_path / "photos")
+    broken = root / "cat" / "broken.png"
+    broken.write_bytes(photo(tmp_path / "whole.png").read_bytes()[:200])
+    command = ["tiny", "--data", root, "--out", tmp_path / "out", *WORDS.split()]
+    line = refused(capsys, *command)
+    assert "broken.png" in line and "--data.corrupt skip" in line
+    words = [str(w) for w in command]
+    small_enough = "--methods erm --data.corrupt skip --threads 1"
+    assert main([*words, *small_enough.split()], prog="ddb-fast run") == 0
+    assert (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("path,label\na.png,0\n", ["y"]),
+        ("y\n0\n", ["path"]),
+        ("path,y\na.png,0\nmissing.png,1\n", ["missing.png"]),
+        ("path,y\na.png,0\nb.png,2\n", ["1"]),
+        ("path,y\na.png,cat\nb.png,dog\n", ["cat"]),
+        ("path,y\na.png,-1\nb.png,0\n", ["-1"]),
+        ("path,y,split\na.png,0,train\nb.png,1,holdout\n", ["holdout"]),
+        ("path,y,a\na.png,0,red\nb.png,1,0\n", ["red"]),
+        ("", ["path"]),
+    ],
+)
+def test_a_csv_that_is_wrong(capsys, tmp_path, content, words):
+    for name in ("a.png", "b.png"):
+        photo(tmp_path / name)
+    table = tmp_path / "table.csv"
+    table.write_text(content)
+    line = refused(capsys, "tiny", "--data", table, "--out", tmp_path / "out")
+    assert all(word in line for word in words), line
+
+
+def test_an_unknown_preset(capsys, tmp_path):
+    assert "digits" in refused(capsys, "tinny", "--out", tmp_path)
+
+
+def test_true_groups_without_bias_labels(capsys, tmp_path):
+    root = photos(tmp_path / "photos")
+    command = ["tiny", "--data", root, "--out", tmp_path / "out", "--methods", "group-dro"]
+    assert "column `a`" in refused(capsys, *command)
+
+
+def test_an_output_folder_with_somebody_elses_files(capsys, tmp_path):
+    precious = tmp_path / "thesis.txt"
+    precious.write_text("four years")
+    assert "--out" in refused(capsys, "digits", "--out", tmp_path)
+    assert precious.read_text() == "four years"
+
+
+def test_fp16_without_a_gpu(capsys, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "fp16" in refused(capsys, "digits", "--out", tmp_path / "out", "--precision", "fp16")
+
+
+def test_data_that_changed_under_a_run(capsys, tmp_path):
+    root, out = photos(tmp_path / "photos"), tmp_path / "out"
+    words = ["tiny", "--data", str(root), "--out", str(out), "--methods", "erm", *WORDS.split()]
+    assert main(words, prog="ddb-fast run") == 0
+    kept = (out / "results.json").read_bytes()
+    photo(root / "cat" / "new.png")
+    assert "data.fingerprint" in refused(capsys, *words)
+    assert (out / "results.json").read_bytes() == kept
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    """A run whose generator can be handed to others."""
+    out = tmp_path_factory.mktemp("generator") / "run"
+    assert main([*small.arguments(out, diffusion__images="64", methods="ddb-ii")], prog="x") == 0
+    return out
+
+
+def test_a_generator_that_is_none(capsys, tmp_path, generator):
+    command = small.arguments(tmp_path / "out")
+    line = refused(capsys, *command, "--diffusion", tmp_path / "absent")
+    assert "absent" in line
+    line = refused(capsys, *command, "--diffusion", generator / "amplifier")
+    assert "not a diffusion model" in line
+
+
+def test_a_generator_of_other_classes(capsys, tmp_path, generator):
+    root = photos(tmp_path / "photos")
+    command = ["digits", "--data", root, "--diffusion", generator / "diffusion"]
+    assert "10 classes" in refused(capsys, *command, "--out", tmp_path / "out")
+
+
+def test_a_checkpoint_of_another_shape(capsys, tmp_path, generator):
+    """Somebody copied a generator's weights over another's."""
+    from ddb_fast import checkpoint
+
+    folder = tmp_path / "diffusion"
+    shutil.copytree(generator / "diffusion", folder)
+    path = folder / "model.safetensors"
+    tensors, metadata = checkpoint.load_tensors(path)
+    name = next(n for n, t in tensors.items() if t.ndim == 4)
+    checkpoint.save_tensors(path, {**tensors, name: tensors[name][:, :1]}, metadata)
+    command = small.arguments(tmp_path / "out")
+    line = refused(capsys, *command, "--diffusion", folder)
+    assert "a checkpoint of another shape" in line and name in line
+
+
+def test_synthetic_images_of_other_classes(capsys, tmp_path):
+    root = photos(tmp_path / "photos")
+    command = small.arguments(tmp_path / "out")
+    line = refused(capsys, *command, "--synthetic", root)
+    assert "cat" in line
+
+
+def test_an_authors_checkpoint_that_is_none(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save(nn.Linear(2, 2).state_dict(), path)  # noqa: TID251
+    command = [
+        sys.executable,
+        "-m",
+        "ddb_fast.cli",
+        "import",
+        str(path),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    answer = small.run(command)
+    assert answer.returncode == 2 and len(answer.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["nothing"], ["data", "absent"], ["import"]])
+def test_a_wrong_command(command):
+    answer = small.run([sys.executable, "-m", "ddb_fast.cli", *command])
+    assert answer.returncode == 2
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_full_disk_keeps_what_is_complete(tmp_path):
+    """The process may write files of 100 KiB at most: the generator's weights do not fit."""
+    out = tmp_path / "out"
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}));"
+    code = limit.format(100 * 1024) + "from ddb_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = ["run", *small.arguments(out, diffusion__images="64")]
+    answer = small.run([sys.executable, "-c", code, *command], TMPDIR=str(tmp_path))
+    assert answer.returncode == 2, answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert "model.safetensors" in answer.stderr or "images" in answer.stderr
+    assert not list(out.rglob("*.part")) and not (out / "results.json").exists()
+    again = small.run([sys.executable, "-m", "ddb_fast.cli", *command], **os.environ)
+    assert again.returncode == 0, again.stderr
