@@ -10,23 +10,25 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddb_fast import checkpoint
-from ddb_fast.config import DiffusionConfig, from_dict
+from ddb_fast.config import DiffusionConfig, from_dict, to_json
 from ddb_fast.context import Context
 from ddb_fast.data.pixels import normalise
 from ddb_fast.data.samplers import ShuffledSampler
-from ddb_fast.data.store import gather, resident
+from ddb_fast.data.sources import list_folder
+from ddb_fast.data.store import gather, resident, squash
 from ddb_fast.diffusion.generate import generate_batch, plan
 from ddb_fast.diffusion.losses import diffusion_loss
 from ddb_fast.diffusion.schedule import make_schedule
 from ddb_fast.engine import EMA, fit, step_seed
-from ddb_fast.models.unet import UNet
+from ddb_fast.models.authors import read_authors_checkpoint
+from ddb_fast.models.unet import UNet, from_authors
+from ddb_fast.presets import PRESETS
 from ddb_fast.trackers import Progress
 
 
 def build_unet(config: DiffusionConfig, num_classes: int) -> UNet:
-    """The network of a diffusion configuration, channels_last."""
-    unet = UNet(config.unet, num_classes=num_classes, timesteps=config.timesteps)
-    return unet.to(memory_format=torch.channels_last)
+    """The network of a diffusion configuration."""
+    return UNet(config.unet, num_classes=num_classes, timesteps=config.timesteps)
 
 
 def train_diffusion(context: Context, folder: Path) -> float:
@@ -196,13 +198,14 @@ def import_diffusion(context: Context, folder: Path) -> None:
 def import_synthetic(context: Context, folder: Path) -> None:
     """Take over synthetic images (`--synthetic DIR`, a folder per class), squashed to size."""
     source, classes = context.config.sampling.load, context.data.classes
-    listing = list_folder(source)
+    # Nothing is held out: every image is synthetic training material.
+    listing = list_folder(source, validation_share=0, test_share=0)
     if tuple(listing.classes) != tuple(classes):
         raise ValueError(f"{source}: its classes {listing.classes} are not the data's {classes}")
     size = context.config.diffusion.image_size
     if context.accelerator.is_main_process:
-        images = torch.stack([squash(listing.read(i), size) for i in range(len(listing.paths))])
-        labels = torch.as_tensor(listing.y)
+        images = torch.stack([squash(listing.read(i), size) for i in range(len(listing))])
+        labels = listing.y
         # No seed made these images; -1 says so where generated ones carry theirs.
         tensors = {"images": images, "labels": labels, "seeds": torch.full_like(labels, -1)}
         save_synthetic(context, folder, tensors)
@@ -214,7 +217,7 @@ def import_checkpoint(source: Path, folder: Path, image_size: int) -> str:
     Their weights live in ImageNet-normalised pixels, without a moving average; classes are numbered
     as theirs, which follow the sorted folder names. ValueError for any other file.
     """
-    unet = from_authors(read_authors_checkpoint(source))
+    unet = from_authors(read_authors_checkpoint(source)[0])
     classes = tuple(str(label) for label in range(unet.num_classes))
     theirs = replace(
         PRESETS["ddb"]().diffusion,
@@ -227,6 +230,6 @@ def import_checkpoint(source: Path, folder: Path, image_size: int) -> str:
         class_dropout_per="batch",
     )
     save_diffusion(folder, unet.state_dict(), theirs, classes)
-    write_atomically(folder / "config.json", to_json(theirs))
+    checkpoint.write_atomically(folder / "config.json", to_json(theirs))
     parameters = sum(p.numel() for p in unet.parameters())
     return f"{folder}: {len(classes)} classes, {unet.timesteps} steps, {parameters / 1e6:.1f} M"

@@ -32,7 +32,9 @@ def image_seed(run_seed: int, k: int) -> int:
     if run_seed < 0 or k < 0:
         raise ValueError(f"no image {k} of a run with seed {run_seed}: both must be >= 0")
     # One bit less, so that seeds fit int64 tensors.
-    return int(np.random.SeedSequence(run_seed, spawn_key=(k,)).generate_state(1, np.uint64)[0] >> 1)
+    return int(
+        np.random.SeedSequence(run_seed, spawn_key=(k,)).generate_state(1, np.uint64)[0] >> 1
+    )
 
 
 def plan(num_classes: int, per_class: int, run_seed: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,11 @@ from ddb_fast.kernels.reference import philox, uniform
 backends = pytest.mark.parametrize("backend", ("reference", "torch"))
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def dropped(x, p, seed, backend, **options):
     """Group norm with a zero weight and a bias of one: y is the mask over 1 - p."""
     ones = torch.ones(x.shape[1])
@@ -108,6 +113,14 @@ def test_the_seed_alone_decides(backend):
     assert torch.equal(half, first.bfloat16())
     mask = uniform(torch.tensor(7), x.shape) >= 0.5
     assert torch.equal(first != 0, mask)
+
+
+@backends
+def test_a_draw_equal_to_the_probability_is_kept(backend):
+    u = uniform(torch.tensor(7), torch.Size((2, 4, 8, 6)))
+    p = u[1, 2, 3, 4].item()
+    y = dropped(torch.randn(u.shape), p, 7, backend)
+    assert y[1, 2, 3, 4] != 0 and torch.equal(y == 0, u < p)
 
 
 @backends

@@ -1,0 +1,315 @@
+"""Images decoded once, held on disk as two uint8 arrays, and handed out in batches.
+
+`small` is what the diffusion model sees, `large` what classifiers crop from. Both are memory-mapped
+so that a set of any size costs no memory until it is used. A cache is complete or it is not there:
+arrays are written under temporary names and renamed, and `meta.json`, without which they are not
+believed, comes last. They are written with ordinary writes: through a memory map a full disk would
+be a SIGBUS, and here it is an OSError.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ddb_fast.data.groups import Groups, majority_bias
+from ddb_fast.data.listing import SPLITS, BrokenImageError, Listing
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_NAMED = 5
+"""Broken files named in a message; in a run that does not skip them, reading stops there."""
+_RAM_SHARE, _DEVICE_SHARE = 0.25, 0.40
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Split:
+    """The images of one split: paths and labels (N,), `small` and `large` (N, H, W, 3) uint8."""
+
+    paths: tuple[str, ...]
+    y: Tensor
+    a: Tensor | None
+    small: Tensor
+    large: Tensor
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageData:
+    """A decoded set: `splits` has train and, where they hold images, val and test, in that order.
+
+    `bias_of` and `aligned_bias` are the Listing's; `fingerprint` too, of all it listed.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    biases: tuple[str, ...] | None
+    splits: dict[str, Split]
+    fingerprint: str
+    aligned_bias: tuple[int, ...] | None = None
+    bias_of: Callable[[Tensor], Tensor] | None = None
+
+    def groups(self, split: str) -> Groups | None:
+        """The true groups of a split; None without bias labels.
+
+        Every split is aligned as the training images are: what a class's images there mostly show
+        is the shortcut, whatever a test set shows. Numbers of y and a need not correspond.
+        """
+        if self.biases is None:
+            return None
+        train, part = self.splits["train"], self.splits[split]
+        sizes = {"num_classes": len(self.classes), "num_biases": len(self.biases)}
+        groups = Groups.from_labels(
+            train.y,
+            train.a,
+            class_names=self.classes,
+            bias_names=self.biases,
+            aligned_bias=self.aligned_bias or majority_bias(train.y, train.a, **sizes),
+        )
+        return groups.with_labels(part.y, part.a)
+
+
+def squash(image: Image.Image, size: int) -> Tensor:
+    """The whole image in a square, whatever its proportions: (3, size, size) uint8.
+
+    Pillow's bicubic filter, which widens when it shrinks and so does not alias.
+    """
+    return _tensor(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def centre_square(image: Image.Image, size: int) -> Tensor:
+    """Shorter side resized to `size` (bicubic, as `squash`), then the centre: (3, size, size)."""
+    side, (width, height) = min(image.size), image.size
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    return _tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def open_images(
+    listing: Listing,
+    *,
+    image_size: int,
+    cache_size: int,
+    cache_dir: str | Path,
+    corrupt: Literal["error", "skip"] = "error",
+    progress: bool = True,
+) -> ImageData:
+    """Decode a listing into `cache_dir`, or open what was decoded there before.
+
+    image_size: side of `small` (`squash`). cache_size: side of `large` (`centre_square`).
+    corrupt: error stops at the fifth broken file, or at the end if there are fewer, and names them;
+    skip drops them and says so. A cache that is unfinished or of other sizes is written anew.
+
+    Raises:
+        ValueError: broken files; a class left without training images; the cache is of other data.
+        OSError: an image could not be read or the cache not written; nothing half is believed.
+    """
+    cache = Path(cache_dir)
+    sizes = {"small": image_size, "large": cache_size}
+    expected = {"format": _FORMAT, "fingerprint": listing.fingerprint, "sizes": sizes}
+    dropped = _find(cache, expected, listing)
+    if dropped is None or (dropped and corrupt == "error"):
+        dropped = _decode(listing, cache, expected, corrupt, progress)
+    kept = listing
+    if dropped:
+        gone = set(dropped)
+        kept = replace(listing, entries=[e for i, e in enumerate(listing.entries) if i not in gone])
+        names = _some([listing.paths[i] for i in dropped])
+        logger.warning("%s: %d broken images left out: %s", listing.name, len(dropped), names)
+    arrays = {}
+    for name, size in sizes.items():
+        # Copy-on-write: PyTorch has no read-only tensors and warns of read-only memory.
+        shape = (len(kept), size, size, 3)
+        pixels = np.memmap(cache / f"{name}.u8", dtype=np.uint8, mode="c", shape=shape)
+        arrays[name] = torch.from_numpy(pixels)
+    splits, start = {}, 0
+    for split in SPLITS:
+        part = slice(start, start + kept.split.count(split))
+        start = part.stop
+        if part.stop > part.start:
+            a = None if kept.a is None else kept.a[part]
+            views = {name: array[part] for name, array in arrays.items()}
+            splits[split] = Split(paths=kept.paths[part], y=kept.y[part], a=a, **views)
+    return ImageData(
+        name=kept.name,
+        classes=kept.classes,
+        biases=kept.biases,
+        splits=splits,
+        fingerprint=listing.fingerprint,
+        aligned_bias=kept.aligned_bias,
+        bias_of=kept.bias_of,
+    )
+
+
+def _find(cache: Path, expected: dict[str, Any], listing: Listing) -> list[int] | None:
+    """The indices that a complete cache leaves out; None if there is none to be used."""
+    try:
+        meta = json.loads((cache / "meta.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{cache / 'meta.json'}: damaged ({error}); delete {cache}") from None
+    if meta.get("fingerprint") != expected["fingerprint"]:
+        raise ValueError(
+            f"{cache} was decoded from other files, labels or splits than {listing.name} has now; "
+            "restore the data, or delete that folder, or name another one with --out"
+        )
+    if {key: meta.get(key) for key in expected} != expected:
+        return None
+    count = len(listing) - len(meta["dropped"])
+    for name, size in expected["sizes"].items():
+        file = cache / f"{name}.u8"
+        if not file.exists() or file.stat().st_size != count * size * size * 3:
+            return None
+    return meta["dropped"]
+
+
+def _decode(
+    listing: Listing, cache: Path, meta: dict[str, Any], corrupt: str, progress: bool
+) -> list[int]:
+    """Write both arrays and meta.json; return the indices of the broken images left out."""
+    cache.mkdir(parents=True, exist_ok=True)
+    # From here on the arrays may be new ones, which an old meta.json must not vouch for.
+    (cache / "meta.json").unlink(missing_ok=True)
+    sizes, broken, whole = meta["sizes"], {}, 0
+
+    def decode(i: int) -> tuple[Tensor, Tensor] | BrokenImageError:
+        try:
+            image = listing.read(i)
+        except BrokenImageError as error:
+            return error
+        return squash(image, sizes["small"]), centre_square(image, sizes["large"])
+
+    bar = tqdm(
+        total=len(listing),
+        desc=f"{'decode':>24}",
+        unit="img",
+        unit_scale=True,
+        disable=not progress,
+        dynamic_ncols=True,
+    )
+    with (
+        _written(cache / "small.u8") as small,
+        _written(cache / "large.u8") as large,
+        bar,
+        contextlib.closing(_in_order(decode, len(listing))) as answers,
+    ):
+        for i, answer in enumerate(answers):
+            bar.update()
+            if isinstance(answer, BrokenImageError):
+                broken[i] = answer
+                if corrupt == "error" and len(broken) == _NAMED:
+                    break
+            elif not broken or corrupt == "skip":
+                for file, pixels in zip((small, large), answer, strict=True):
+                    file.write(pixels.permute(1, 2, 0).numpy())
+                whole += 1
+        if broken and corrupt == "error":
+            raise ValueError(_refusal(broken, listing))
+        if whole == 0:
+            raise ValueError(f"{listing.name}: none of the {len(listing)} images can be read")
+    with _written(cache / "meta.json") as file:
+        file.write(json.dumps({**meta, "dropped": list(broken)}).encode())
+    return list(broken)
+
+
+def _refusal(broken: dict[int, BrokenImageError], listing: Listing) -> str:
+    names = _some([listing.paths[i] for i in broken])
+    count = f"{len(broken)} or more" if len(broken) == _NAMED else str(len(broken))
+    return (
+        f"{listing.name}: {count} of {len(listing)} images cannot be read: {names} "
+        f"(the first: {next(iter(broken.values()))}); repair or remove them, or leave them out "
+        "with --data.corrupt skip"
+    )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _in_order(work: Callable[[int], Any], count: int) -> Iterator[Any]:
+    """work(0), work(1), ... from a thread a core, never far ahead: memory stays flat."""
+    workers = os.cpu_count() or 1
+    pending: deque[Future] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for i in range(count):
+                pending.append(pool.submit(work, i))
+                if len(pending) > 4 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name once it is whole and on the disk, and else leaves no trace."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # a write that failed does not say where
+            reason = f"{error.strerror}; the decoded images need more room"
+            raise OSError(error.errno, reason, str(path)) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def resident(images: Tensor, device: torch.device) -> Tensor:
+    """Images where batches are taken from fastest: on the device if they fit, else on the host.
+
+    images: any uint8 tensor, memory-mapped or not. On CUDA they move if they take less than 40 % of
+    the device's free memory; elsewhere they are read into memory if that takes less than 25 % of
+    what is available, and otherwise stay as they are, on disk if mapped.
+    """
+    size = images.nbytes
+    if device.type == "cuda":
+        free, share = torch.cuda.mem_get_info(device)[0], _DEVICE_SHARE
+    else:
+        free, share = psutil.virtual_memory().available, _RAM_SHARE
+    fits = size < share * free
+    place = (str(device) if device.type == "cuda" else "memory") if fits else "the host's disk"
+    logger.info("%.1f MB of images stay on %s", size / 1e6, place)
+    if not fits:
+        return images
+    return images.to(device) if device.type == "cuda" else images.clone()
+
+
+def gather(images: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """A batch (B, 3, H, W) uint8 in channels_last memory on the device.
+
+    images: (N, H, W, 3) uint8, anywhere. index: (B,) int64. Where images stay on the host and the
+    device is a GPU, each call waits for the copy.
+    """
+    batch = images.index_select(0, index.to(images.device))
+    return batch.to(device).permute(0, 3, 1, 2)

@@ -1,0 +1,63 @@
+"""The small classifiers: a convolutional net for 16-64 pixel images and Colored MNIST's MLP."""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+
+class SmallCNN(nn.Module):
+    """Four 3x3 convolutions with batch norm and ReLU, max-pooling between them, linear head `fc`.
+
+    forward: x (N, in_channels, H, W) normalised float, H and W >= 8 -> logits (N, num_classes).
+    Widths are width, then 2 * width three times: 210 k parameters at width 48 and ten classes. A
+    feature sees 38 pixels, a whole 32-pixel image.
+    """
+
+    def __init__(self, *, num_classes: int, in_channels: int = 3, width: int = 48) -> None:
+        super().__init__()
+        channels = (in_channels, width, 2 * width, 2 * width, 2 * width)
+        layers = []
+        for before, after in pairwise(channels):
+            # Pooling in front of all but the first: strided convolutions of equal size were
+            # slower on CPUs, and a fifth full-resolution convolution would double the time.
+            if layers:
+                layers.append(nn.MaxPool2d(2))
+            layers += [
+                nn.Conv2d(before, after, 3, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(inplace=True),
+            ]
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(channels[-1], num_classes)
+        for module in self.features:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x).mean((2, 3)))
+
+
+class MLP(nn.Module):
+    """Three hidden layers of `width` with ReLU and a linear head `fc`.
+
+    forward: x (N, in_channels, image_size, image_size) float, flattened channel by channel ->
+    logits (N, num_classes). ValueError for images of another shape.
+    Source: Nam et al. 2020, "Learning from Failure", the Colored MNIST network (28 pixels, 100).
+    """
+
+    def __init__(
+        self, *, num_classes: int, image_size: int, in_channels: int = 3, width: int = 100
+    ) -> None:
+        super().__init__()
+        self.input_shape = (in_channels, image_size, image_size)
+        widths = (in_channels * image_size**2, width, width, width)
+        layers = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1:] != self.input_shape:
+            raise ValueError(f"images must be (N, {self.input_shape}), got {tuple(x.shape)}")
+        return self.fc(self.features(x.flatten(1)))

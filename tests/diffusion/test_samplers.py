@@ -1,0 +1,351 @@
+"""Samplers against closed forms; guidance, clipping and spacing against their definitions.
+
+For Gaussian data the best denoiser is known and linear, so a sampler maps its noises linearly to
+images: feeding unit impulses gives the mean and the standard deviation of what it samples exactly,
+in fp64 and without drawing anything.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+from ddb_fast.diffusion.samplers import (
+    guided,
+    sample_ddim,
+    sample_ddpm,
+    sample_ddpm_authors,
+    sample_dpm_solver_pp_2m,
+    timesteps,
+)
+from ddb_fast.diffusion.schedule import Schedule
+
+LINEAR = Schedule.linear(1000, 1e-4, 0.028)
+COSINE = Schedule.cosine(1000)
+BOTH = pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
+MEAN, STD = 0.3, 0.5
+
+SAMPLERS = {
+    "ddim": lambda noise, **o: sample_ddim(**o),
+    "dpm-solver-pp-2m": lambda noise, **o: sample_dpm_solver_pp_2m(**o),
+    "ddpm-posterior": lambda noise, **o: sample_ddpm(**o, noise=noise, variance="posterior"),
+    "ddpm-beta": lambda noise, **o: sample_ddpm(**o, noise=noise, variance="beta"),
+    "ddim-eta-1": lambda noise, **o: sample_ddim(**o, noise=noise, eta=1.0),
+}
+
+
+def gaussian(schedule, mean=MEAN, std=STD):
+    """The exact denoiser of N(mean, std^2)."""
+
+    def denoise(x, t):
+        alpha_bar = schedule.alpha_bar[t]
+        variance = alpha_bar * std**2 + 1 - alpha_bar
+        x0 = mean + alpha_bar.sqrt() * std**2 / variance * (x - alpha_bar.sqrt() * mean)
+        return x0, (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+
+    return denoise
+
+
+def impulse_response(sample, draws):
+    """Mean and standard deviation of `sample(x, noise)`, given how often it calls noise()."""
+    # Row 0 gets no noise at all, row 1 the first state, every other row one of the draws.
+    x = torch.zeros(draws + 2, 1, 1, 1, dtype=torch.float64)
+    x[1] = 1
+    rows = itertools.count(2)
+
+    def noise():
+        impulse = torch.zeros_like(x)
+        impulse[next(rows)] = 1
+        return impulse
+
+    result = sample(x, noise).flatten()
+    assert next(rows) in (2, draws + 2), "the number of draws is part of what is tested"
+    return result[0].item(), (result[1:] - result[0]).norm().item()
+
+
+def moments(name, schedule, steps, **gauss):
+    walk = timesteps(schedule.timesteps, steps)
+
+    def sample(x, noise):
+        denoise = gaussian(schedule, **gauss)
+        return SAMPLERS[name](noise, denoise=denoise, x=x, schedule=schedule, timesteps=walk)
+
+    # The last step, to the clean image, adds no noise.
+    return impulse_response(sample, steps - 1)
+
+
+# --- closed forms -------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("name", "bounds"),
+    [
+        ("ddim", {20: 0.17, 80: 0.045, 1000: 0.004}),
+        ("dpm-solver-pp-2m", {20: 0.07, 80: 0.003, 1000: 1e-4}),
+        ("ddpm-posterior", {20: 0.25, 80: 0.09, 1000: 0.0095}),
+        ("ddpm-beta", {20: 0.04, 80: 0.02, 1000: 0.002}),
+    ],
+)
+def test_samplers_recover_the_data(name, schedule, bounds):
+    """Relative error of the standard deviation; the mean misses what is left of it at T only."""
+    for steps, bound in bounds.items():
+        mean, std = moments(name, schedule, steps)
+        assert abs(std / STD - 1) < bound, steps
+        assert abs(mean - MEAN) < 2e-4, steps
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm-solver-pp-2m", 2)])
+def test_order_of_convergence(name, order):
+    """The exact flow keeps x_t / std_t, so the state at the last t and its x0 are known."""
+    alpha_bar = LINEAR.alpha_bar[[999, 199]]
+    start, end = (alpha_bar * STD**2 + 1 - alpha_bar).sqrt().tolist()
+    expected = math.sqrt(alpha_bar[1]) * STD**2 / (start * end)
+    errors = []
+    for stride in (20, 10, 5):
+        walk = list(range(999, 198, -stride))
+
+        def sample(x, noise, walk=walk):
+            denoise = gaussian(LINEAR)
+            return SAMPLERS[name](noise, denoise=denoise, x=x, schedule=LINEAR, timesteps=walk)
+
+        errors.append(abs(impulse_response(sample, 0)[1] - expected))
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+
+
+@BOTH
+@pytest.mark.parametrize("steps", [2, 10, 1000])
+def test_variance_beta_is_exact_for_standard_normal_data(schedule, steps):
+    """Every step keeps N(0, 1) (Ho et al. 2020, section 3.2); the last leaves sqrt(alpha_bar) x."""
+    mean, std = moments("ddpm-beta", schedule, steps, mean=0.0, std=1.0)
+    last = timesteps(1000, steps)[-1]
+    assert mean == pytest.approx(0, abs=1e-12)
+    assert std == pytest.approx(schedule.alpha_bar[last].sqrt().item(), rel=1e-9)
+
+
+@BOTH
+def test_stochastic_ddim_is_ancestral_sampling_with_posterior_variance(schedule):
+    ancestral = moments("ddpm-posterior", schedule, 30)
+    assert moments("ddim-eta-1", schedule, 30) == pytest.approx(ancestral, rel=1e-9)
+
+
+@BOTH
+def test_the_first_order_solver_is_ddim(schedule):
+    """Two steps: the solver's first and last are of first order, DDIM's exponential integrator."""
+    ddim = moments("ddim", schedule, 2)
+    assert moments("dpm-solver-pp-2m", schedule, 2) == pytest.approx(ddim, rel=1e-9)
+
+
+@BOTH
+def test_the_authors_sampler_recovers_the_data_and_keeps_the_noise_of_x_0(schedule):
+    mean, std = impulse_response(
+        lambda x, noise: sample_ddpm_authors(gaussian(schedule), x, schedule=schedule, noise=noise),
+        999,
+    )
+    first = schedule.alpha_bar[0].item()
+    assert mean == pytest.approx(math.sqrt(first) * MEAN, abs=1e-4)
+    assert std == pytest.approx(math.sqrt(first * STD**2 + 1 - first), rel=3e-3)
+
+
+def test_the_authors_sampler_is_this_loop():
+    """Their two passes and w = 1, with tables of betas instead of alpha_bar."""
+    T, w, null = 60, 1.0, 0
+    schedule = Schedule.linear(T, 1e-3, 0.05)
+    y = torch.tensor([1, 2, 3])
+
+    def model(x, t, y):
+        shift = (0.01 * t + 0.3 * y).view(-1, 1, 1, 1)
+        return torch.tanh(x.roll(1, dims=-1) - 0.5 * x + shift)
+
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(T, 3, 3, 4, 4, generator=generator, dtype=torch.float64)
+    expected = draws[0]
+    betas = torch.linspace(1e-3, 0.05, T, dtype=torch.float64)
+    alphas_bar = torch.cumprod(1 - betas, dim=0)
+    for i, step in enumerate(reversed(range(1, T)), start=1):
+        t = torch.full((3,), step)
+        eps = (1 + w) * model(expected, t, y) - w * model(expected, t, torch.full_like(y, null))
+        coefficient = betas[step] / torch.sqrt(1 - alphas_bar[step])
+        expected = (expected - coefficient * eps) / torch.sqrt(1 - betas[step])
+        expected = expected + torch.sqrt(betas[step]) * draws[i]
+    stream = iter(draws)
+    denoise = guided(
+        model, y, guidance_scale=1 + w, null_class=null, target="eps", schedule=schedule
+    )
+    got = sample_ddpm_authors(denoise, next(stream), schedule=schedule, noise=lambda: next(stream))
+    assert torch.allclose(got, expected, atol=1e-10, rtol=0)
+    assert next(stream, None) is None
+
+
+# --- guidance -----------------------------------------------------------------------------------
+
+
+class Counting:
+    """A model that remembers its calls; eps by default, v of the same eps and x0 on request."""
+
+    def __init__(self, target="eps", dtype=None):
+        self.target, self.dtype, self.calls = target, dtype, []
+
+    def __call__(self, x, t, y):
+        self.calls.append((x, t, y))
+        eps = torch.sin(3 * x + y.view(-1, 1, 1, 1)) + 0.1
+        if self.target == "v":
+            alpha_bar = LINEAR.alpha_bar[t].view(-1, 1, 1, 1)
+            x0 = (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+            eps = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+        return eps if self.dtype is None else eps.to(self.dtype)
+
+
+X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.tensor([4, 5])
+
+
+def denoiser(model, guidance_scale=2.0, clip=None):
+    return guided(
+        model,
+        Y,
+        guidance_scale=guidance_scale,
+        null_class=9,
+        target=model.target,
+        schedule=LINEAR,
+        clip=clip,
+    )
+
+
+@pytest.mark.parametrize("target", ["eps", "v"])
+@pytest.mark.parametrize("w", [-0.5, 0.0, 1.0, 4.0])
+def test_guidance_is_the_papers_formula_whatever_the_model_predicts(target, w):
+    """Guiding v gives the guided eps: eps is affine in v at fixed x_t and the weights sum to 1."""
+    x0, eps = denoiser(Counting(target), guidance_scale=1 + w)(X, 400)
+    model, t = Counting("eps"), torch.full((2,), 400)
+    expected = (1 + w) * model(X, t, Y) - w * model(X, t, torch.full_like(Y, 9))
+    assert torch.allclose(eps, expected, atol=1e-11)
+    alpha_bar = LINEAR.alpha_bar[400]
+    expected_x0 = (X - (1 - alpha_bar).sqrt() * expected) / alpha_bar.sqrt()
+    assert torch.allclose(x0, expected_x0, atol=1e-11)
+
+
+def test_both_branches_are_one_forward_pass():
+    model = Counting()
+    denoiser(model)(X, 7)
+    ((x, t, y),) = model.calls
+    assert torch.equal(x, torch.cat([X, X]))
+    assert t.tolist() == [7] * 4 and t.dtype == torch.int64
+    assert y.tolist() == [4, 5, 9, 9]
+
+
+def test_scale_one_pays_for_the_conditional_branch_only():
+    model = Counting()
+    denoiser(model, guidance_scale=1.0)(X, 7)
+    ((x, t, y),) = model.calls
+    assert torch.equal(x, X) and t.tolist() == [7] * 2 and y.tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("target", ["eps", "v"])
+def test_clipping_keeps_x0_in_range_and_still_explains_x_t(target):
+    low, high = torch.tensor([-1.0, -0.5, 0.0]).view(3, 1, 1), torch.full((3, 1, 1), 0.9)
+    x0, eps = denoiser(Counting(target), clip=(low, high))(X, 400)
+    free, _ = denoiser(Counting(target))(X, 400)
+    assert torch.allclose(x0, torch.minimum(torch.maximum(free, low), high))
+    assert not torch.allclose(x0, free)
+    assert torch.allclose(LINEAR.add_noise(x0, eps, 400), X, atol=1e-12)
+
+
+def test_a_half_precision_network_leaves_the_state_in_float32():
+    """The branches are subtracted in fp32: guidance magnifies whatever rounding it is given."""
+    model, x = Counting(dtype=torch.bfloat16), X.float()
+    x0, eps = denoiser(model, guidance_scale=8.0)(x, 400)
+    assert x0.dtype == eps.dtype == torch.float32
+    t = torch.full((2,), 400)
+    conditional, null = (model(x, t, y).double() for y in (Y, torch.full_like(Y, 9)))
+    assert torch.allclose(eps.double(), 8 * conditional - 7 * null, atol=1e-5)
+
+
+def test_channels_last_reaches_the_network():
+    model, x = Counting(), X.to(memory_format=torch.channels_last)
+    x0, _ = denoiser(model)(x, 400)
+    assert model.calls[0][0].is_contiguous(memory_format=torch.channels_last)
+    assert x0.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, "authors"])
+@pytest.mark.parametrize("target", ["eps", "v"])
+def test_no_step_waits_for_the_device(name, target):
+    """Meta tensors have no values: whatever asks the device for one fails."""
+    x, y = torch.empty(2, 3, 4, 4, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+    schedule = Schedule.linear(20, 1e-3, 0.2)
+    denoise = guided(
+        lambda x, t, y: x * t.view(-1, 1, 1, 1),
+        y,
+        guidance_scale=2.0,
+        null_class=3,
+        target=target,
+        schedule=schedule,
+        clip=(torch.zeros(3, 1, 1, device="meta"), torch.ones(3, 1, 1, device="meta")),
+    )
+    options = {"denoise": denoise, "x": x, "schedule": schedule}
+    if name == "authors":
+        result = sample_ddpm_authors(**options, noise=lambda: torch.empty_like(x))
+    else:
+        walk = timesteps(20, 5)
+        result = SAMPLERS[name](lambda: torch.empty_like(x), timesteps=walk, **options)
+    assert result.shape == x.shape and result.dtype == torch.float32
+
+
+# --- timesteps and errors -----------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 50, 333, 999])
+def test_spacing_is_diffusers_default(steps):
+    scheduler = DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(steps)
+    assert timesteps(1000, steps) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 10, 101, 1000])
+def test_timesteps_descend_from_the_last_without_repeats(T):
+    assert timesteps(T, T) == list(range(T - 1, -1, -1))
+    for steps in range(1, T + 1, max(1, T // 50)):
+        walk = timesteps(T, steps)
+        assert len(walk) == steps and walk[0] == T - 1 and walk[-1] >= 0
+        assert all(a > b for a, b in itertools.pairwise(walk))
+
+
+def call(name, walk=(9, 4), **options):
+    denoise = gaussian(LINEAR)
+    return lambda: SAMPLERS[name](
+        None, denoise=denoise, x=X, schedule=LINEAR, timesteps=walk, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda: timesteps(10, 11), "11 sampling steps of 10 timesteps"),
+        (lambda: timesteps(10, 0), "0 sampling steps"),
+        (call("ddim", ()), r"within 0..999, got \[\]"),
+        (call("ddpm-beta", (1000, 4)), "within 0..999, got"),
+        (call("dpm-solver-pp-2m", (9, 9, 4)), r"got \[9, 9, 4\]"),
+        (call("ddim", (4, 9)), r"got \[4, 9\]"),
+        (call("ddim", (9, -1)), r"got \[9, -1\]"),
+        (lambda: sample_ddim(None, X, schedule=LINEAR, timesteps=[9], eta=0.5), "got 0.5"),
+        (lambda: sample_ddim(None, X, schedule=LINEAR, timesteps=[9], eta=1.5), "got 1.5"),
+        (
+            lambda: sample_ddpm(
+                None, X, schedule=LINEAR, timesteps=[9], noise=None, variance="learned"
+            ),
+            "'learned' is none of beta, posterior",
+        ),
+        (
+            lambda: guided(None, Y, guidance_scale=2, null_class=9, target="x0", schedule=LINEAR),
+            "target 'x0' is none of eps, v",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(run, message):
+    with pytest.raises(ValueError, match=message):
+        run()
