@@ -150,7 +150,7 @@ def philox(
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
-    """Suspend autocast, which returns group norms in fp32 and runs products in half precision."""
+    """Suspend autocast, which runs products in half precision and, on CUDA, group norms in fp32."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -20,11 +20,9 @@ _STATISTICS = {
 
 @cache
 def _on_device(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    # Kept per device, because copying them there would stall every training step; and made outside
-    # inference mode, because the first caller may be inside and the next one training.
-    with torch.inference_mode(False):
-        mean, std = torch.tensor(_STATISTICS[kind], dtype=torch.float32, device=device)
-        return mean.view(3, 1, 1), std.view(3, 1, 1)
+    # Kept per device, because copying them there would stall every training step.
+    mean, std = torch.tensor(_STATISTICS[kind], dtype=torch.float32, device=device)
+    return mean.view(3, 1, 1), std.view(3, 1, 1)
 
 
 def _statistics(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -41,14 +39,14 @@ def _check_images(images: Tensor) -> None:
 def normalise(images: Tensor, kind: str) -> Tensor:
     """Images as the float32 input of a network, in the same memory format.
 
-    images: (N, 3, H, W) uint8. kind: symmetric, to [-1, 1]; imagenet, to ImageNet's mean 0 and
+    images: (N, 3, H, W) uint8, or float32 in 0..255 as augmentations leave it. kind: symmetric, to [-1, 1]; imagenet, to ImageNet's mean 0 and
     deviation 1 in each channel. ValueError for another kind, dtype or shape.
     """
     mean, std = _statistics(kind, images.device)
     _check_images(images)
-    if images.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8, got {images.dtype}")
-    return images.float().sub_(mean).div_(std)
+    if images.dtype not in (torch.uint8, torch.float32):
+        raise ValueError(f"images must be uint8 or float32, got {images.dtype}")
+    return torch.sub(images, mean).div_(std)
 
 
 def denormalise(x: Tensor, kind: str) -> Tensor:

@@ -10,8 +10,9 @@ be a SIGBUS, and here it is an OSError.
 import contextlib
 import json
 import logging
-import math
+import mmap
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,8 @@ _FORMAT = 1
 _NAMED = 5
 """Broken files named in a message; in a run that does not skip them, reading stops there."""
 _RAM_SHARE, _DEVICE_SHARE = 0.25, 0.40
+# Python has a name for this flag from 3.13 on.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -125,6 +128,8 @@ def open_images(
         ValueError: broken files; a class left without training images; the cache is of other data.
         OSError: an image could not be read or the cache not written; nothing half is believed.
     """
+    if corrupt not in ("error", "skip"):
+        raise ValueError(f"corrupt is {corrupt!r}, not error or skip")
     cache = Path(cache_dir)
     sizes = {"small": image_size, "large": cache_size}
     expected = {"format": _FORMAT, "fingerprint": listing.fingerprint, "sizes": sizes}
@@ -133,16 +138,14 @@ def open_images(
         dropped = _decode(listing, cache, expected, corrupt, progress)
     kept = listing
     if dropped:
-        gone = set(dropped)
-        kept = replace(listing, entries=[e for i, e in enumerate(listing.entries) if i not in gone])
-        names = _some([listing.paths[i] for i in dropped])
+        gone, names = set(dropped), _some([listing.paths[i] for i in dropped])
         logger.warning("%s: %d broken images left out: %s", listing.name, len(dropped), names)
-    arrays = {}
-    for name, size in sizes.items():
-        # Copy-on-write: PyTorch has no read-only tensors and warns of read-only memory.
-        shape = (len(kept), size, size, 3)
-        pixels = np.memmap(cache / f"{name}.u8", dtype=np.uint8, mode="c", shape=shape)
-        arrays[name] = torch.from_numpy(pixels)
+        left = tuple(entry for i, entry in enumerate(listing.entries) if i not in gone)
+        kept = replace(listing, entries=left)
+    arrays = {
+        name: _mapped(cache / f"{name}.u8", (len(kept), size, size, 3))
+        for name, size in sizes.items()
+    }
     splits, start = {}, 0
     for split in SPLITS:
         part = slice(start, start + kept.split.count(split))
@@ -160,6 +163,16 @@ def open_images(
         aligned_bias=kept.aligned_bias,
         bias_of=kept.bias_of,
     )
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """A file as a uint8 tensor; what is written to the tensor never reaches the file."""
+    # PyTorch has no read-only tensors, so the map is copy-on-write, for which Linux would reserve
+    # memory: without the flag it refuses files larger than all of it.
+    flags, access = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+    with path.open("rb") as file:
+        pixels = mmap.mmap(file.fileno(), 0, flags=flags, prot=access)
+    return torch.frombuffer(pixels, dtype=torch.uint8).view(shape)
 
 
 def _find(cache: Path, expected: dict[str, Any], listing: Listing) -> list[int] | None:
@@ -192,13 +205,14 @@ def _decode(
     cache.mkdir(parents=True, exist_ok=True)
     # From here on the arrays may be new ones, which an old meta.json must not vouch for.
     (cache / "meta.json").unlink(missing_ok=True)
-    sizes, broken, whole = meta["sizes"], {}, 0
+    sizes = meta["sizes"]
+    broken: dict[int, str] = {}
 
-    def decode(i: int) -> tuple[Tensor, Tensor] | BrokenImageError:
+    def decode(i: int) -> tuple[Tensor, Tensor] | str:
         try:
             image = listing.read(i)
         except BrokenImageError as error:
-            return error
+            return str(error)  # not the exception, which would keep the file's bytes alive
         return squash(image, sizes["small"]), centre_square(image, sizes["large"])
 
     bar = tqdm(
@@ -217,24 +231,21 @@ def _decode(
     ):
         for i, answer in enumerate(answers):
             bar.update()
-            if isinstance(answer, BrokenImageError):
+            if isinstance(answer, str):
                 broken[i] = answer
                 if corrupt == "error" and len(broken) == _NAMED:
                     break
             elif not broken or corrupt == "skip":
                 for file, pixels in zip((small, large), answer, strict=True):
                     file.write(pixels.permute(1, 2, 0).numpy())
-                whole += 1
         if broken and corrupt == "error":
             raise ValueError(_refusal(broken, listing))
-        if whole == 0:
-            raise ValueError(f"{listing.name}: none of the {len(listing)} images can be read")
     with _written(cache / "meta.json") as file:
         file.write(json.dumps({**meta, "dropped": list(broken)}).encode())
     return list(broken)
 
 
-def _refusal(broken: dict[int, BrokenImageError], listing: Listing) -> str:
+def _refusal(broken: dict[int, str], listing: Listing) -> str:
     names = _some([listing.paths[i] for i in broken])
     count = f"{len(broken)} or more" if len(broken) == _NAMED else str(len(broken))
     return (
@@ -278,8 +289,8 @@ def _written(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except OSError as error:
         if error.filename is None:  # a write that failed does not say where
-            reason = f"{error.strerror}; the decoded images need more room"
-            raise OSError(error.errno, reason, str(path)) from error
+            reason = f"{error.strerror} while the decoded images were written"
+            raise OSError(error.errno, reason, str(path.parent)) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -292,17 +303,14 @@ def resident(images: Tensor, device: torch.device) -> Tensor:
     the device's free memory; elsewhere they are read into memory if that takes less than 25 % of
     what is available, and otherwise stay as they are, on disk if mapped.
     """
-    size = images.nbytes
-    if device.type == "cuda":
-        free, share = torch.cuda.mem_get_info(device)[0], _DEVICE_SHARE
-    else:
-        free, share = psutil.virtual_memory().available, _RAM_SHARE
-    fits = size < share * free
-    place = (str(device) if device.type == "cuda" else "memory") if fits else "the host's disk"
-    logger.info("%.1f MB of images stay on %s", size / 1e6, place)
-    if not fits:
+    cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+    megabytes, room = images.nbytes / 1e6, (_DEVICE_SHARE if cuda else _RAM_SHARE) * free / 1e6
+    if megabytes >= room:
+        logger.info("images: %.0f MB, left where they are (%.0f fit)", megabytes, room)
         return images
-    return images.to(device) if device.type == "cuda" else images.clone()
+    logger.info("images: %.0f MB, held %s", megabytes, f"on {device}" if cuda else "in memory")
+    return images.to(device) if cuda else images.clone()
 
 
 def gather(images: Tensor, index: Tensor, device: torch.device) -> Tensor:

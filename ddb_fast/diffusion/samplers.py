@@ -26,9 +26,9 @@ def timesteps(T: int, steps: int) -> list[int]:
     """`steps` of the timesteps 0..T-1, descending from T-1: "linspace" spacing.
 
     The rounded points of an even division of T-1..0, without 0 itself: from the last one a sampler
-    jumps to the clean image, and detail fainter than the noise there (at t = 50 of the linear
-    schedule a fifth of the pixel range's half) becomes its mean. With steps = T nothing is left
-    out. ValueError unless 1 <= steps <= T.
+    jumps to the clean image, and detail fainter than the noise there (0.2 in units of x0 at t = 50
+    of the default linear schedule) becomes its mean. With steps = T nothing is left out.
+    ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= T:
         raise ValueError(f"{steps} sampling steps of {T} timesteps: must be in 1..{T}")

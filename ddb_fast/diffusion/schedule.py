@@ -1,8 +1,8 @@
 """The noise schedule of a discrete-time diffusion model, and what can be computed from x_t with it.
 
 x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps, with t = 0 the least noisy of the timesteps
-0..T-1. Everything derives from alpha_bar, which is kept in fp64: in fp32 1 - alpha_bar is off by
-about a thousandth at the first timesteps.
+0..T-1. Everything derives from alpha_bar, which is kept in fp64: in fp32 the noise's variance
+1 - alpha_bar loses four of its seven digits at the first timesteps.
 """
 
 import math
@@ -70,11 +70,10 @@ class Schedule:
             return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         key = (like.device, like.dtype)
         if key not in self._tables:
-            # Outside inference mode, because a first caller in it would spoil the table for
-            # training.
-            with torch.inference_mode(False):
-                table = torch.stack([self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()])
-                self._tables[key] = table.to(dtype=like.dtype).to(like.device)
+            table = torch.stack([self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()])
+            # Rounded before it moves, because not every device has fp64; kept, because copying it
+            # there would stall every training step.
+            self._tables[key] = table.to(like.dtype).to(like.device)
         signal, noise = self._tables[key][:, t].view(2, -1, 1, 1, 1)
         return signal, noise
 

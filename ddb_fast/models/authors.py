@@ -5,7 +5,7 @@
 their own; and biases that are added to the same sum are kept apart.
 """
 
-from collections import defaultdict
+import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ddb_fast.config import UNetConfig
 
@@ -50,16 +48,33 @@ _PARTS = {
 _ABSORBED_BIAS = {"conv2": "shortcut", "c2": "c1"}
 
 
+class _Dropped:
+    """Stands in for their optimiser and schedule, so that reading a file makes neither."""
+
+
+def _plain_dict(factory: type) -> dict:
+    # torch's safe reader fills no defaultdict, which is what an optimiser keeps its state in.
+    return {}
+
+
+_STAND_INS = [
+    (_Dropped, "torch.optim.adamw.AdamW"),
+    (_Dropped, "torch.optim.lr_scheduler.CosineAnnealingLR"),
+    (_plain_dict, "collections.defaultdict"),
+    (dict, "builtins.dict"),
+]
+
+
 def read_authors_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file of the authors' training, or a bare state dict, without running its code.
 
     Returns the state dict, on the CPU, and the file's plain entries (numbers, text), such as the
-    epoch. Optimiser and schedule, which their files carry as objects, are read and dropped.
-    ValueError, one line, for a file that is missing, damaged, of another kind, or that holds
-    objects beyond those.
+    epoch; optimiser and schedule, which their files carry as objects, are dropped.
+    ValueError, one line, for a file that is missing, damaged, of another kind, or that holds other
+    objects.
     """
     try:
-        with torch.serialization.safe_globals([CosineAnnealingLR, AdamW, defaultdict, dict]):
+        with torch.serialization.safe_globals(_STAND_INS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
@@ -68,7 +83,9 @@ def read_authors_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[s
         raise ValueError(f"{path}: not a checkpoint that can be read safely ({kind})") from None
     nested = isinstance(content, dict) and "model_state_dict" in content
     state = content["model_state_dict"] if nested else content
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         raise ValueError(f"{path}: neither a state dict nor a checkpoint with model_state_dict")
     info = {k: v for k, v in content.items() if isinstance(v, str | int | float)}
     return dict(state), info
@@ -89,15 +106,13 @@ def describe(state: Mapping[str, Tensor]) -> tuple[UNetConfig, dict[str, int]]:
     _refuse(missing=[name for name in (*needed, _conv1(0)) if name not in state])
     channels = len(state[head])
     levels: list[list[int]] = [[]]
-    index = 0
-    while True:
+    for index in itertools.count():
         if _conv1(index) in state:
             levels[-1].append(index)
         elif f"downblocks.{index}.c1.weight" in state:
             levels.append([])
         else:
             break
-        index += 1
     first = [blocks[0] for blocks in levels if blocks]
     config = UNetConfig(
         channels=channels,
@@ -125,7 +140,7 @@ def _conv1(index: int) -> str:
 def rename(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their tensors under our names, as new tensors.
 
-    ours: the state dict of our network, of which only names and shapes are used.
+    ours: the state dict of our network, of which only shapes, names and their order are used.
     ValueError, one line, naming tensors that are missing, unknown or of another shape.
     """
     sources = {name: _source(name, ours) for name in ours}
@@ -165,7 +180,7 @@ def _source(name: str, ours: Mapping[str, Tensor]) -> tuple[list[str], Join]:
         return [f"{block}.attn.proj_{letter}.{kind}" for letter in "qkv"], torch.cat
     names = [f"{block}.{_PARTS[part]}.{kind}"]
     absorbed = _ABSORBED_BIAS.get(part)
-    if kind == "bias" and f"{path}.{index}.{absorbed}.weight" in ours:
+    if kind == "bias" and absorbed and f"{path}.{index}.{absorbed}.weight" in ours:
         return [*names, f"{block}.{_PARTS[absorbed]}.bias"], partial(_added, terms=2)
     return names, torch.cat
 

@@ -160,7 +160,7 @@ class UNet(nn.Module):
         self.class_mlp = _embedding_mlp(config)
 
         self.head = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.down, self.middle, self.up = (nn.ModuleList() for _ in range(3))
         levels = list(enumerate(config.channel_multipliers))
         skips = [channels]
         for level, multiplier in levels:
@@ -173,9 +173,8 @@ class UNet(nn.Module):
                 self.down.append(ResidualBlock(config, skips[-1], width, attends=attends))
                 skips.append(width)
         width = skips[-1]
-        self.middle = nn.ModuleList(
-            [ResidualBlock(config, width, width, attends=attends) for attends in (True, False)]
-        )
+        for attends in (True, False):
+            self.middle.append(ResidualBlock(config, width, width, attends=attends))
         for level, multiplier in reversed(levels):
             attends = config.attention_up and level in config.attention_levels
             for _ in range(config.blocks_per_level + 1):
@@ -186,7 +185,7 @@ class UNet(nn.Module):
         self.tail_norm = Norm(config.norm_groups, width)
         self.tail = nn.Conv2d(width, in_channels, 3, padding=1)
 
-        self.block_channels = [block.out_channels for block in self._residual_blocks()]
+        self.block_channels = [block.out_channels for block in self.residual_blocks()]
         self.projection = nn.Linear(2 * config.embedding, sum(self.block_channels))
         self._initialise()
         self.to(memory_format=torch.channels_last)
@@ -222,7 +221,8 @@ class UNet(nn.Module):
         both = torch.cat([self.time_mlp(time), self.class_mlp(self.class_table(y))], 1)
         return self.projection(both).split(self.block_channels, 1)
 
-    def _residual_blocks(self) -> Iterator[ResidualBlock]:
+    def residual_blocks(self) -> Iterator[ResidualBlock]:
+        """The residual blocks in the order in which they run."""
         for path in (self.down, self.middle, self.up):
             yield from (block for block in path if isinstance(block, ResidualBlock))
 
@@ -238,7 +238,7 @@ class UNet(nn.Module):
         for rows in self.projection.weight.split(self.block_channels):
             for part in rows.chunk(2, 1):
                 xavier(part)
-        for block in self._residual_blocks():
+        for block in self.residual_blocks():
             xavier(block.conv2.weight, gain=1e-5)
             if block.attention is not None:
                 for part in block.attention.qkv.weight.chunk(3):
@@ -253,8 +253,10 @@ def _check(config: UNetConfig, num_classes: int, timesteps: int) -> None:
     if config.channels % 2:
         raise ValueError(f"channels {config.channels}: sines and cosines need an even number")
     levels = len(config.channel_multipliers)
+    if not levels:
+        raise ValueError("channel_multipliers (): at least one level")
     beyond = [level for level in config.attention_levels if not 0 <= level < levels]
-    if beyond or not levels:
+    if beyond:
         raise ValueError(f"attention_levels {beyond} are not among the {levels} levels")
 
 

@@ -115,7 +115,7 @@ def test_no_dropout_and_all_dropout(per):
 
 
 def test_the_error_is_taken_in_float32():
-    """0.1 in bf16 is off by 1e-4 of itself; a difference taken in bf16 would round to 1e-2."""
+    """As if the network's bf16 answer were exact; in bf16 the error itself would be rounded."""
     model = Spy(lambda x_t, t: x_t.bfloat16())
     x0 = images(8)
     value = loss(model, x0)
@@ -124,7 +124,6 @@ def test_the_error_is_taken_in_float32():
     eps = (x_t - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
     expected = (model.x_t.bfloat16().double() - eps).square().mean().item()
     assert value.item() == pytest.approx(expected, rel=1e-4)
-    assert value.item() != loss(Spy(lambda x_t, t: x_t), x0).item()
 
 
 def test_gradients_reach_the_model_and_the_global_generator_is_the_default():

@@ -31,8 +31,8 @@ PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
 NULL, SCALE, SHAPE = 0, 2.0, (4, 3, 6, 6)
 Y = torch.tensor([1, 2, 1, 2])
 
-# Our coefficients are fp64, diffusers' fp32. With our alpha_bar put into their schedulers, and a fp64
-# state, both are fp64 throughout.
+# Our coefficients are fp64, diffusers' fp32. With our alpha_bar put into their schedulers and a
+# state in fp64, both are fp64 throughout.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 

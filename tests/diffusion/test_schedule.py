@@ -46,11 +46,11 @@ def test_cosine_is_equation_17():
     ],
 )
 def test_diffusers_has_the_same_betas(schedule, options):
-    """To fp32's rounding, in which diffusers keeps them: measured 2e-9 and 3e-8."""
+    """To fp32's rounding, in which diffusers keeps them: measured 1e-7 of each."""
     theirs = DDPMScheduler(**options)
-    assert torch.allclose(betas(schedule), theirs.betas.double(), rtol=1e-6, atol=1e-12)
-    # Their products of a thousand fp32 numbers carry a thousand roundings.
-    assert torch.allclose(schedule.alpha_bar, theirs.alphas_cumprod.double(), rtol=1e-4, atol=0)
+    assert torch.allclose(betas(schedule), theirs.betas.double(), rtol=3e-7, atol=0)
+    # Their products of a thousand fp32 numbers carry a thousand roundings: measured 4e-7, 1e-5.
+    assert torch.allclose(schedule.alpha_bar, theirs.alphas_cumprod.double(), rtol=5e-5, atol=0)
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
@@ -100,7 +100,7 @@ def test_images_keep_dtype_and_memory_format(dtype):
 
 
 def test_coefficients_do_not_lose_the_first_timesteps():
-    """sqrt(1 - alpha_bar_0) = sqrt(beta_start); through fp32's alpha_bar it is off by 1e-4."""
+    """sqrt(1 - alpha_bar_0) = sqrt(beta_start); through fp32's alpha_bar it is off by 2e-5."""
     (noise,) = LINEAR.coefficients(torch.tensor([0]), torch.zeros(1))[1].flatten().tolist()
     assert noise == pytest.approx(0.01, rel=1e-7)
     assert LINEAR.coefficients(0, torch.zeros(1))[1] == pytest.approx(0.01, rel=1e-12)
