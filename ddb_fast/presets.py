@@ -150,8 +150,8 @@ def _digits() -> RunConfig:
         diffusion=DiffusionConfig(
             image_size=16,
             unet=UNetConfig(
-                channels=32,
-                channel_multipliers=(1, 2, 2),
+                channels=16,
+                channel_multipliers=(1, 2, 4),
                 blocks_per_level=1,
                 dropout=0.0,
                 norm_groups=8,
@@ -162,9 +162,9 @@ def _digits() -> RunConfig:
                 time_table=False,
                 resample="conv",
             ),
-            images=128_000,
+            images=64_000,
             batch_size=64,
-            lr=1e-3,
+            lr=2e-3,
             warmup=0.02,
             grad_clip=1.0,
             schedule="cosine",
@@ -175,7 +175,7 @@ def _digits() -> RunConfig:
         amplifier=ClassifierConfig(
             model="cnn",
             width=24,
-            images=32_000,
+            images=16_000,
             batch_size=64,
             weight_decay=1e-2,
             image_size=16,
@@ -184,7 +184,7 @@ def _digits() -> RunConfig:
         ),
         classifier=ClassifierConfig(
             model="cnn",
-            images=96_000,
+            images=48_000,
             batch_size=64,
             weight_decay=1e-2,
             image_size=16,

@@ -25,8 +25,12 @@ def _folders(folder: Path) -> list[Path]:
 
 def _image_files(folder: Path, ignored: list[Path]) -> Iterator[Path]:
     """The images below a folder at any depth; what else lies there is added to `ignored`."""
+
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would pass over a folder that cannot be read
+
     seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
         real = os.path.realpath(parent)
         if real in seen:  # a link back up would be followed for ever
             folders.clear()
@@ -144,7 +148,7 @@ def _csv_entry(table: Path, row: dict[str, str | None], line: int) -> Entry:
         except ValueError:
             raise ValueError(f"{where}: {column} is {row[column]!r}, not an integer") from None
 
-    path = Path(os.path.normpath(row["path"] or "")).as_posix()
+    path = Path(row["path"] or "").as_posix()
     if Path(path).suffix.lower() not in EXTENSIONS:
         known = " ".join(EXTENSIONS)
         raise ValueError(f"{where}: path {row['path']!r} has none of the extensions {known}")

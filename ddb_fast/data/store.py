@@ -235,7 +235,7 @@ def _decode(
                 broken[i] = answer
                 if corrupt == "error" and len(broken) == _NAMED:
                     break
-            elif not broken or corrupt == "skip":
+            else:
                 for file, pixels in zip((small, large), answer, strict=True):
                     file.write(pixels.permute(1, 2, 0).numpy())
         if broken and corrupt == "error":

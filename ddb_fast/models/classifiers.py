@@ -153,7 +153,7 @@ def _require_fit(own: dict[str, Tensor], tensors: dict[str, Tensor], *, path: Pa
         "missing": [
             key for key in own if key not in tensors and not key.endswith(".num_batches_tracked")
         ],
-        "unexpected": [key for key in tensors if key not in own],
+        "unexpected": sorted(key for key in tensors if key not in own),
         "of another shape": [
             f"{key} {tuple(tensors[key].shape)} for {tuple(own[key].shape)}"
             for key in own
@@ -161,5 +161,10 @@ def _require_fit(own: dict[str, Tensor], tensors: dict[str, Tensor], *, path: Pa
         ],
     }
     if any(problems.values()):
-        found = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
+        found = "; ".join(f"{what}: {_shortened(keys)}" for what, keys in problems.items() if keys)
         raise ValueError(f"{path} does not fit the network: {found}")
+
+
+def _shortened(keys: list[str], *, shown: int = 4) -> str:
+    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+    return ", ".join(keys[:shown]) + more

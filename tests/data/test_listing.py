@@ -167,7 +167,7 @@ def test_transparency_shows_white(tmp_path):
     answer = read_image(saved(tmp_path / "la.png", Image.merge("LA", [Image.fromarray(grey)] * 2)))
     assert np.asarray(answer)[:, :, 0].tolist() == [[248, 255], [246, 255]]
 
-    palette = Image.fromarray(np.array([[0, 1]], np.uint8), mode="P")
+    palette = Image.frombytes("P", (2, 1), bytes([0, 1]))
     palette.putpalette([1, 2, 3, 4, 5, 6])
     answer = read_image(saved(tmp_path / "p.png", palette, transparency=1))
     assert np.asarray(answer).tolist() == [[[1, 2, 3], [255, 255, 255]]]
@@ -208,7 +208,9 @@ def damaged(tmp_path):
     yield "half.png", content[: len(content) // 2]
     yield "half.jpg", photo.read_bytes()[: photo.stat().st_size // 2]
     yield "header.png", content[:20] + b"\xff" * 4 + content[24:]
-    yield "eps.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    # Whole, but of a kind that is not opened under whatever name.
+    other = saved(tmp_path / "whole.pcx", Image.fromarray(PIXELS))
+    yield "other.png", other.read_bytes()
 
 
 def test_damaged_files_are_named_in_one_line(tmp_path):

@@ -1,6 +1,7 @@
 """Folders and CSVs as people have them, right and wrong."""
 
 import logging
+import os
 from collections import Counter
 
 import pytest
@@ -81,6 +82,20 @@ def test_folders_inside_a_class_are_read(tmp_path):
     (tmp_path / "cat" / "loop").symlink_to(tmp_path / "cat")
     assert "cat/2019/summer/x.jpg" in list_folder(tmp_path).paths
     assert len(list_folder(tmp_path)) == 3
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    scan = os.scandir
+    locked = photos(tmp_path, classes=("cat", "dog/locked")) / "dog" / "locked"
+
+    def refusing(path):
+        if str(path) == str(locked):
+            raise PermissionError(13, os.strerror(13), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="locked"):
+        list_folder(tmp_path)
 
 
 def test_every_extension_counts_and_other_files_do_not(tmp_path, caplog):
