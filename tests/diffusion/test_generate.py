@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from ddb_fast.config import UNetConfig
 from ddb_fast.data.pixels import denormalise, normalise
 from ddb_fast.diffusion.generate import (
     SAMPLERS,
@@ -15,6 +16,7 @@ from ddb_fast.diffusion.generate import (
 )
 from ddb_fast.diffusion.samplers import guided, sample_dpm_solver_pp_2m, timesteps
 from ddb_fast.diffusion.schedule import Schedule
+from ddb_fast.models.unet import UNet
 
 SCHEDULE = Schedule.linear(50, 1e-3, 0.2)
 PAD = 8
@@ -71,6 +73,21 @@ def test_an_image_does_not_depend_on_its_batch_or_place(sampler):
     shuffled = generate(order, sampler=sampler)
     assert torch.equal(ones, whole) and torch.equal(threes, whole)
     assert torch.equal(shuffled, whole[order])
+
+
+def test_nor_does_it_with_attention_and_group_norm():
+    config = UNetConfig(
+        channels=16, channel_multipliers=(1, 2), norm_groups=8, attention_levels=(1,), embedding=32
+    )
+    net = UNet(config, num_classes=3, timesteps=50).to(memory_format=torch.channels_last).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        # Networks start with zeros at their ends, which would hide everything behind them.
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    whole = generate(range(8), net=net, steps=2)
+    split = torch.cat([generate(rows, net=net, steps=2) for rows in ([0, 1, 2, 3, 4], [5], [6, 7])])
+    assert torch.equal(split, whole)
+    assert whole.float().std(dim=0).mean() > 2
 
 
 def test_the_network_always_sees_the_padded_batch():
