@@ -11,6 +11,8 @@ from ddb_fast.config import (
     ClassifierConfig,
     DataConfig,
     DiffusionConfig,
+    GroupDROConfig,
+    ReweightingConfig,
     RunConfig,
     SamplingConfig,
     UNetConfig,
@@ -162,7 +164,7 @@ def _digits() -> RunConfig:
                 time_table=False,
                 resample="conv",
             ),
-            images=64_000,
+            images=48_000,
             batch_size=64,
             lr=2e-3,
             warmup=0.02,
@@ -184,6 +186,7 @@ def _digits() -> RunConfig:
         ),
         classifier=ClassifierConfig(
             model="cnn",
+            width=24,
             images=48_000,
             batch_size=64,
             weight_decay=1e-2,
@@ -191,6 +194,10 @@ def _digits() -> RunConfig:
             pixel_norm="symmetric",
             augment="none",
         ),
+        # Chosen on the validation digits rendered in every colour, after network and length were
+        # fixed on ERM alone; the test split took no part.
+        group_dro=GroupDROConfig(adjustment=1.0),
+        reweighting=ReweightingConfig(moving_average=0.7, class_maximum=True),
         seeds=(0, 1, 2),
     )
 

@@ -15,6 +15,8 @@ if __name__ == "__main__":  # the launcher puts this file's folder first; our mo
 from ddb_fast.arguments import parse_run
 from ddb_fast.config import RunConfig, to_json
 
+logger = logging.getLogger("ddb_fast.train")
+
 
 def choose_precision(asked: str, *, exported: str | None) -> tuple[str, str]:
     """(accelerate's name for the precision, why): `auto` takes bf16 where the hardware has it.
@@ -65,12 +67,16 @@ def run(config: RunConfig) -> None:
     accelerator = Accelerator(
         mixed_precision=precision, log_with=tracker, project_dir=config.out if tracker else None
     )
-    accelerator.print(
-        f"{accelerator.num_processes} x {accelerator.device.type}, {threads} threads each, "
-        f"{'fp32' if precision == 'no' else precision}: {reason}"
-    )
     if not accelerator.is_main_process:
         logging.getLogger("ddb_fast").setLevel(logging.WARNING)
+    logger.info(
+        "%d x %s, %d threads each; %s: %s",
+        accelerator.num_processes,
+        accelerator.device.type,
+        threads,
+        "fp32" if precision == "no" else precision,
+        reason,
+    )
     try:
         run_pipeline(config, accelerator)
     finally:

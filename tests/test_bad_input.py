@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import nn
 
@@ -17,9 +18,10 @@ WORDS = "--diffusion.images 64 --amplifier.images 64 --classifier.images 64 --pr
 
 
 @pytest.fixture(autouse=True)
-def no_handlers_left(monkeypatch):
+def one_process_many_runs(monkeypatch):
     """`main` is called in this process, which is quicker than a process each."""
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def refused(capsys, *argv):
@@ -147,6 +149,7 @@ def test_data_that_changed_under_a_run(capsys, tmp_path):
 def generator(tmp_path_factory):
     """A run whose generator can be handed to others."""
     out = tmp_path_factory.mktemp("generator") / "run"
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert main([*small.arguments(out, diffusion__images="64", methods="ddb-ii")], prog="x") == 0
     return out
 

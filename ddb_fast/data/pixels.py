@@ -1,6 +1,6 @@
 """Pixels as networks see them: uint8 images to normalised floats and back.
 
-The statistics are in units of 0..255, so that black, mid-grey and white are exact.
+The statistics are in units of 0..255, so that symmetric black and white are exactly -1 and 1.
 """
 
 from functools import cache
@@ -39,8 +39,9 @@ def _check_images(images: Tensor) -> None:
 def normalise(images: Tensor, kind: str) -> Tensor:
     """Images as the float32 input of a network, in the same memory format.
 
-    images: (N, 3, H, W) uint8, or float32 in 0..255 as augmentations leave it. kind: symmetric, to [-1, 1]; imagenet, to ImageNet's mean 0 and
-    deviation 1 in each channel. ValueError for another kind, dtype or shape.
+    images: (N, 3, H, W) uint8, or float32 in 0..255 as augmentations leave them. kind: symmetric,
+    to [-1, 1]; imagenet, to ImageNet's mean 0 and deviation 1 in each channel. ValueError for
+    another kind, dtype or shape.
     """
     mean, std = _statistics(kind, images.device)
     _check_images(images)

@@ -309,7 +309,7 @@ def resident(images: Tensor, device: torch.device) -> Tensor:
     if megabytes >= room:
         logger.info("images: %.0f MB, left where they are (%.0f fit)", megabytes, room)
         return images
-    logger.info("images: %.0f MB, held %s", megabytes, f"on {device}" if cuda else "in memory")
+    logger.debug("images: %.0f MB, held %s", megabytes, f"on {device}" if cuda else "in memory")
     return images.to(device) if cuda else images.clone()
 
 

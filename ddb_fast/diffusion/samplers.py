@@ -4,8 +4,8 @@
 (N, C, H, W) in float32 whatever precision the network runs in. Coefficients are Python floats
 computed in fp64 from the schedule, and t is a Python int, so no step waits for the device.
 
-Every sampler walks the timesteps it is given and ends at the clean image; `timesteps` spaces them
-evenly, as diffusers' DPMSolverMultistepScheduler does by default.
+All but the authors' walk the timesteps they are given and end at the clean image; `timesteps`
+spaces them evenly, as diffusers' DPMSolverMultistepScheduler does by default.
 """
 
 import math
@@ -125,8 +125,8 @@ def sample_ddpm_authors(
     """Ancestral sampling as in the authors' generator, which stops one step early.
 
     Every timestep from T-1 to 1 with noise of variance beta_t; t = 0 is left out, so the result
-    keeps the noise of x_0, 1 - alpha_bar_0 of its variance. To leave x0 unclipped as they do, give
-    a denoiser that does not clip.
+    keeps the noise of timestep 0, of variance 1 - alpha_bar_0. They do not clip x0;
+    neither does this unless the denoiser does.
     """
     alpha_bar = schedule.alpha_bar.tolist()
     for t in range(schedule.timesteps - 1, 0, -1):

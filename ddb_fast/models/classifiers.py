@@ -31,7 +31,7 @@ NETWORKS = {
     "cnn": SmallCNN,
     "mlp": MLP,
 }
-# Smaller images leave less than a pixel to the last stage. The mlp takes any.
+# One whole pixel for the last stage, at 1/32 of the side (cnn: 1/8). The mlp takes any size.
 SMALLEST_IMAGE = {"resnet18": 32, "resnet50": 32, "densenet121": 32, "cnn": 8, "mlp": 1}
 TIMM = "timm:"
 

@@ -18,7 +18,7 @@ class SmallCNN(nn.Module):
         channels = (in_channels, width, 2 * width, 2 * width, 2 * width)
         layers = []
         for before, after in pairwise(channels):
-            # Only the first convolution, cheap with its few input channels, sees every pixel: a
+            # Only the first convolution, cheap with its few input channels, runs at full size: a
             # second one there doubles the time on a CPU. Strides in place of pooling are slower.
             if layers:
                 layers.append(nn.MaxPool2d(2))

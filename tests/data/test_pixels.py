@@ -58,6 +58,13 @@ def test_channels_last_stays(kind):
     assert normalise(images.contiguous(), kind).is_contiguous()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_floats_of_the_same_levels_are_the_same_and_stay_as_they_were(kind):
+    images = EVERY_VALUE.float()
+    assert torch.equal(normalise(images, kind), normalise(EVERY_VALUE, kind))
+    assert torch.equal(images, EVERY_VALUE.float())
+
+
 def test_training_may_follow_evaluation():
     """Whatever is kept between calls must not be a tensor that only inference mode can use."""
     pixels._on_device.cache_clear()

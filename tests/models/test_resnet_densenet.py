@@ -218,8 +218,8 @@ def test_dense_block_keeps_its_input_and_adds_32_channels_a_layer():
 
 def test_initialisation_of_the_residual_networks():
     model = network("resnet18")
-    # He et al. 2015 with fan-out: 2 / (3 * 3 * 512).
-    weight = model.layer4[1].conv2.weight
+    # He et al. 2015 with fan-out, 3 * 3 * 512; the fan-in is half of it.
+    weight = model.layer4[0].conv1.weight
     assert weight.std().item() == pytest.approx((2 / (9 * 512)) ** 0.5, rel=0.01)
     assert weight.mean().abs() < 1e-4
     assert model.layer4[0].bn2.weight.count_nonzero() == 0
