@@ -58,8 +58,10 @@ def describe(data: ImageData) -> str:
     return f"{data.name}: {len(data.classes)} classes, {splits} images"
 
 
-def run_pipeline(config: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
+def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -> dict[str, Any]:
     """Run every stage of `config` that is not done and write the report; return the results.
+
+    machine: a line on devices and precision, shown once the folder has accepted the run.
 
     Raises:
         ValueError: the data, the folder or a field does not allow the run; nothing is lost.
@@ -76,6 +78,7 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     folder.open()
     accelerator.wait_for_everyone()
+    logger.info("%s", machine)
     path = folder.path
     log = RunLog(accelerator, path / "log.jsonl", mirror=config.tracker != "none")
     if config.tracker != "none":

@@ -15,8 +15,6 @@ if __name__ == "__main__":  # the launcher puts this file's folder first; our mo
 from ddb_fast.arguments import parse_run
 from ddb_fast.config import RunConfig, to_json
 
-logger = logging.getLogger("ddb_fast.train")
-
 
 def choose_precision(asked: str, *, exported: str | None) -> tuple[str, str]:
     """(accelerate's name for the precision, why): `auto` takes bf16 where the hardware has it.
@@ -69,16 +67,12 @@ def run(config: RunConfig) -> None:
     )
     if not accelerator.is_main_process:
         logging.getLogger("ddb_fast").setLevel(logging.WARNING)
-    logger.info(
-        "%d x %s, %d threads each; %s: %s",
-        accelerator.num_processes,
-        accelerator.device.type,
-        threads,
-        "fp32" if precision == "no" else precision,
-        reason,
+    machine = (
+        f"{accelerator.num_processes} x {accelerator.device.type}, {threads} threads each; "
+        f"{'fp32' if precision == 'no' else precision}: {reason}"
     )
     try:
-        run_pipeline(config, accelerator)
+        run_pipeline(config, accelerator, machine=machine)
     finally:
         accelerator.end_training()
 
