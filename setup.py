@@ -1,6 +1,6 @@
 """Package map: the top-level `kernels/` folder is installed as `ddb_fast.kernels`.
 
-It must never be installed as a top-level `kernels`, which would shadow Hugging Face's package of that
+It must never be installed as a top-level `kernels`: that would shadow Hugging Face's package of that
 name (diffusers imports it). All other metadata is in pyproject.toml.
 """
 

@@ -10,7 +10,6 @@ import math
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
 
 from ddb_fast.diffusion.samplers import (
     guided,
