@@ -1,7 +1,7 @@
 """Package map: the top-level `kernels/` folder is installed as `ddb_fast.kernels`.
 
-It must never be installed as a top-level `kernels`: that would shadow Hugging Face's package of that
-name (diffusers imports it). All other metadata is in pyproject.toml.
+Installed as a top-level `kernels` it would shadow Hugging Face's package of that name, which
+diffusers imports. All other metadata is in pyproject.toml.
 """
 
 from setuptools import find_packages, setup

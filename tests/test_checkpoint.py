@@ -100,17 +100,20 @@ def test_another_shape_is_one_line(other, message):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_an_optimizer_continues_exactly(tmp_path, kind):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_optimizer_continues_exactly(tmp_path, kind, layout):
+    """Fused optimisers walk memory; a state in another layout than its weights is mixed up."""
+
     def make():
         torch.manual_seed(0)
-        network = nn.Linear(5, 3)
+        network = nn.Conv2d(5, 3, (2, 4)).to(memory_format=layout)
         if kind == "adamw":
             return network, torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
         return network, torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
 
     def steps(network, optimizer, numbers):
         for i in numbers:
-            x = torch.full((2, 5), float(i + 1))
+            x = torch.linspace(0, i + 1, 80).view(2, 5, 2, 4)
             network(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
