@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 FIELDS = {
     "data.rho": "0.9",
     "diffusion.images": "1920",

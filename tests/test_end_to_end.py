@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 import small
 
-ROOT = Path(__file__).parents[1]
 ARTEFACTS = [
     "diffusion/model.safetensors",
     "synthetic/images.safetensors",
@@ -223,7 +222,9 @@ def test_kill_9_in_every_stage_then_the_same_command_gives_the_same_numbers(undi
 
 
 def launched(prefix: list[str], out: Path, **changes: str):
-    return small.run([*prefix, "ddb_fast/train.py", *small.arguments(out, **changes)], cwd=ROOT)
+    return small.run(
+        [*prefix, "ddb_fast/train.py", *small.arguments(out, **changes)], cwd=small.ROOT
+    )
 
 
 def test_accelerate_launch_gives_the_same_results(undisturbed, tmp_path):
@@ -237,7 +238,7 @@ def test_accelerate_launch_gives_the_same_results(undisturbed, tmp_path):
 def test_an_installed_wheel_gives_the_same_results_outside_the_checkout(undisturbed, tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     built = small.run(
-        [*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+        [*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), str(small.ROOT)]
     )
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
@@ -263,7 +264,7 @@ def test_two_ranks_generate_what_one_does(undisturbed, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, "ddb_fast/train.py", *small.arguments(out, seeds="0", threads="1")]
     command += ["--diffusion", str(undisturbed[0] / "diffusion")]
-    answer = small.run(command, cwd=ROOT, ACCELERATE_USE_CPU="1")
+    answer = small.run(command, cwd=small.ROOT, ACCELERATE_USE_CPU="1")
     assert answer.returncode == 0, answer.stderr
     assert "2 x cpu" in answer.stderr
     one = load_file(undisturbed[0] / "synthetic/images.safetensors")

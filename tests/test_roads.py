@@ -1,0 +1,160 @@
+"""Other roads than the embedded digits: own folders and tables, own synthetic images, the authors'
+checkpoints, and runs that grow."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import small
+from authors_network import authors_network
+from ddb_fast import cli
+from ddb_fast.data.digits import digits
+from ddb_fast.generator import load_diffusion
+from ddb_fast.train import main
+
+SHORT = {
+    name: value
+    for name, value in small.FIELDS.items()
+    if name.startswith(("amplifier.", "classifier.", "sampling."))
+} | {"seeds": "0", "threads": "2", "precision": "fp32", "progress": "false"}
+
+
+@pytest.fixture(autouse=True)
+def one_process_many_runs(monkeypatch):
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(*argv, **changes):
+    words = list(map(str, argv))
+    for name, value in (SHORT | {k.replace("__", "."): v for k, v in changes.items()}).items():
+        words += [f"--{name}", *value.split()]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return main(words, prog="ddb-fast run")
+
+
+@pytest.fixture(scope="module")
+def two_digits(tmp_path_factory):
+    """Zeros and ones of the embedded set as PNG files, and a table with their colours."""
+    root = tmp_path_factory.mktemp("two digits")
+    rows = []
+    for path, y, split, pixels, a in digits(0.9).entries:
+        if y < 2 and (split != "test" or a < 2):
+            file = root / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(file)
+            rows.append({"path": path, "y": y, "a": int(a == 1), "split": split})
+    with (root / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["path", "y", "a", "split"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return root
+
+
+def test_a_folder_of_ones_own_needs_no_option_but_its_path(two_digits, tmp_path, monkeypatch):
+    """The preset's lengths are cut; everything else is what `run tiny --data` does."""
+    out = tmp_path / "out"
+    short = {"diffusion__images": "128", "methods": "erm ddb-i ddb-ii"}
+    assert run("tiny", "--data", two_digits, "--out", out, **short) == 0
+    results = json.loads((out / "results.json").read_text())
+    metrics = results["methods"]["ddb-ii"]["metrics"]
+    assert metrics["average_accuracy"]["mean"] is not None
+    assert metrics["worst_group_accuracy"]["mean"] is None, "no bias labels, no groups"
+    assert results["methods"]["erm"]["groups"] == []
+    assert results["synthetic"]["aligned_share"] is None and results["amplifier"]["auroc"] is None
+    with (out / "amplifier/scores.csv").open(newline="") as file:
+        assert {row["path"] for row in csv.DictReader(file)} == {
+            p.relative_to(two_digits).as_posix() for p in two_digits.rglob("*.png")
+        }
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 * 3 and "NaN" not in page
+
+
+def test_a_table_with_bias_labels_takes_true_groups_and_then_grows(two_digits, tmp_path):
+    out = tmp_path / "out"
+    command = ["tiny", "--data", two_digits / "table.csv", "--out", out]
+    short = {"diffusion__images": "128", "methods": "erm group-dro"}
+    assert run(*command, **short) == 0
+    assert not (out / "diffusion").exists(), "neither method needs the amplifier"
+    first = json.loads((out / "results.json").read_text())
+    assert list(first["methods"]) == ["erm", "group-dro"]
+    groups = first["methods"]["group-dro"]["groups"]
+    assert [(g["y"], g["a"]) for g in groups] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert first["amplifier"] is None and first["synthetic"] is None
+
+    more = short | {"methods": "erm group-dro ddb-i-predicted ddb-i-error-set", "seeds": "0 1"}
+    assert run(*command, **more) == 0
+    second = json.loads((out / "results.json").read_text())
+    assert list(second["methods"])[2:] == ["ddb-i-predicted", "ddb-i-error-set"]
+    for method in ("erm", "group-dro"):
+        for name, metric in first["methods"][method]["metrics"].items():
+            assert second["methods"][method]["metrics"][name]["seeds"][0] == metric["seeds"][0]
+    assert second["amplifier"]["auroc"] is not None
+
+
+def test_synthetic_images_of_ones_own_replace_the_generator(two_digits, tmp_path):
+    own = tmp_path / "own"
+    for label, value in (("0", 40), ("1", 200)):
+        for i in range(20):
+            file = own / label / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(i).integers(-20, 20, (24, 24, 3))
+            Image.fromarray((value + noise).astype(np.uint8)).save(file)
+    out = tmp_path / "out"
+    command = ["tiny", "--data", two_digits, "--out", out, "--synthetic", own]
+    assert run(*command, methods="ddb-ii") == 0
+    assert not (out / "diffusion").exists()
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert "diffusion" not in manifest["stages"]
+    assert manifest["stages"]["synthetic"]["fields"]["sampling.load"] == str(own)
+    assert json.loads((out / "results.json").read_text())["synthetic"]["count"] == 40
+
+
+def test_an_authors_checkpoint_is_imported_and_run(two_digits, tmp_path, capsys):
+    """Their pixels are ImageNet-normalised: sampling must invert that, whatever the preset says."""
+    theirs = authors_network(classes=2, timesteps=30, dtype=torch.float32)
+    path, folder, out = tmp_path / "ckpt.pt", tmp_path / "imported", tmp_path / "out"
+    torch.save({"model_state_dict": theirs.state_dict()}, path)  # noqa: TID251
+    assert cli.main(["import", str(path), "--out", str(folder), "--image-size", "16"]) == 0
+    assert "2 classes, 30 steps" in capsys.readouterr().out
+    unet, config, classes = load_diffusion(folder)
+    assert (config.pixel_norm, config.ema_half_life, config.timesteps) == ("imagenet", None, 30)
+    assert (config.schedule, config.beta_end, config.target) == ("linear", 0.028, "eps")
+    assert len(classes) == 2
+    x, t = torch.randn(3, 3, 16, 16), torch.tensor([0, 7, 29])
+    with torch.no_grad():
+        expected = theirs(x, t, torch.tensor([1, 2, 0]))
+        got = unet(x, t, torch.tensor([0, 1, unet.null_class]))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+    command = ["tiny", "--data", two_digits, "--out", out, "--diffusion", folder]
+    assert run(*command, methods="ddb-ii") == 0
+    used = json.loads((out / "manifest.json").read_text())["stages"]["synthetic"]["fields"]
+    assert used["diffusion.pixel_norm"] == "imagenet"
+    assert used["diffusion.load"] == str(folder)
+    assert used["diffusion.image_size"] == 16, "the generator decides, not the preset"
+
+
+def test_data_and_env_commands(two_digits, capsys):
+    assert cli.main(["data", str(two_digits / "table.csv")]) == 0
+    shown = capsys.readouterr().out
+    assert "2 classes" in shown and "train" in shown
+    assert cli.main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert torch.__version__ in shown and "group_norm" in shown and "available" in shown
+    assert cli.main(["--help"]) == 0
+
+
+def test_one_command_line_serves_both_entrances(tmp_path):
+    """`python ddb_fast/train.py` and `ddb-fast run` resolve the same configuration."""
+    words = ["digits", "--dry-run", "--seeds", "4", "--out", str(tmp_path)]
+    one = small.run([sys.executable, "-m", "ddb_fast.cli", "run", *words])
+    two = small.run([sys.executable, "ddb_fast/train.py", *words], cwd=small.ROOT)
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert one.stdout == two.stdout
