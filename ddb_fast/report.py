@@ -20,17 +20,17 @@ from ddb_fast.results import COLUMNS, findings, percent
 
 SHOWN = 8
 """Images a row."""
-SIDE = 96
-"""Largest side of a thumbnail in the page."""
+HEIGHT = 96
+"""Pixels of a thumbnail, twice what the page shows on an ordinary screen."""
 
 
 def _data_uri(images: Tensor) -> str:
     """A row of (N, H, W, 3) uint8 images as one PNG picture."""
     picture = Image.fromarray(torch.cat(list(images), dim=1).contiguous().numpy())
-    height = min(SIDE, 48 * max(1, round(SIDE / 48)))
-    scale = height / picture.height
-    method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-    picture = picture.resize((round(picture.width * scale), height), method)
+    # Few pixels are shown as they are; interpolated they would look like another data set.
+    method = Image.Resampling.NEAREST if picture.height < HEIGHT else Image.Resampling.LANCZOS
+    width = round(picture.width * HEIGHT / picture.height)
+    picture = picture.resize((width, HEIGHT), method)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
