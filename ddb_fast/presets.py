@@ -61,7 +61,7 @@ def _ddb() -> RunConfig:
 
 
 def _lean() -> RunConfig:
-    """64 pixels, a twentieth of ddb's arithmetic: 15 instead of 74 GFLOP an image, a quarter as many.
+    """64 pixels, a twentieth of ddb's arithmetic: 15 and not 74 GFLOP an image, a quarter as many.
 
     Attention where it is cheap (16 and 8 pixels, heads of 64), and what lets a short training
     suffice: v-prediction on the cosine schedule (Salimans & Ho 2022), twice the batch and rate.

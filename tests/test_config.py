@@ -116,7 +116,7 @@ def test_every_method_and_stage_names_fields_that_exist():
 
 
 def test_stage_fields_change_only_what_depends_on_them():
-    base = load_config("digits")
+    base = load_config("tiny")
 
     def changed(field, value):
         other = with_fields(base, {field: value})

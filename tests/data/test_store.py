@@ -365,7 +365,7 @@ def test_a_file_larger_than_memory_can_be_mapped(tmp_path):
 
 def test_resident_reads_into_memory_what_fits(tmp_path, monkeypatch, caplog):
     images = opened(embedded(), tmp_path).splits["train"].small
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         held = resident(images, CPU)
     assert held.equal(images) and held.data_ptr() != images.data_ptr()
     assert "held in memory" in caplog.text
