@@ -30,4 +30,4 @@ test: .venv/.installed-test
 	$(BIN)/pytest
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

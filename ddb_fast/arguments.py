@@ -1,13 +1,18 @@
 """The command line of a run, made from the configuration's fields; standard library only.
 
-Every leaf of `RunConfig` is an option (`--diffusion.lr 3e-4`, `--seeds 0 1 2`); four have a short
-name of their own. Types and choices are those the dataclasses declare.
+Every leaf of `RunConfig` is an option (`--diffusion.lr 3e-4`, `--seeds 0 1 2`); three have a short
+name too. Types, choices and help are those the dataclasses declare.
 """
 
 import argparse
+import ast
+import dataclasses
+import inspect
+import typing
 from collections.abc import Sequence
 
-from ddb_fast.config import METHODS, RunConfig, flatten, with_fields
+from ddb_fast import config as config_module
+from ddb_fast.config import RunConfig, flatten, with_fields
 from ddb_fast.presets import PRESETS, load_config
 
 SHORT = {
@@ -15,6 +20,43 @@ SHORT = {
     "diffusion": ("diffusion.load", "start from this trained diffusion model's folder"),
     "synthetic": ("sampling.load", "start from these synthetic images, a folder per class"),
 }
+
+
+def field_texts() -> dict[str, tuple[str, str]]:
+    """(what a value looks like, what it means) of every leaf, read off the dataclasses' source.
+
+    The texts stand below the fields they describe, where Python itself does not keep them.
+    """
+    tree = ast.parse(inspect.getsource(config_module))
+    described = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def walk(cls: type, prefix: str) -> dict[str, tuple[str, str]]:
+        texts = {}
+        for base in cls.__mro__[-2::-1]:
+            body = described[base.__name__].body
+            for node, after in zip(body, [*body[1:], None], strict=True):
+                if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
+                    texts[node.target.id] = inspect.cleandoc(after.value.value)
+        leaves = {}
+        for name, hint in typing.get_type_hints(cls).items():
+            if dataclasses.is_dataclass(hint):
+                leaves |= walk(hint, f"{prefix}{name}.")
+            else:
+                text = " ".join(texts.get(name, "").split()).replace("%", "%%")
+                leaves[prefix + name] = (_kind(hint), text)
+        return leaves
+
+    return walk(RunConfig, "")
+
+
+def _kind(hint: object) -> str:
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return "{" + ",".join(options) + "}"
+    names = [t.__name__.upper() for t in options if isinstance(t, type) and t is not type(None)]
+    if type(None) in options:
+        return "|".join([*names, "none"])
+    return names[0] if names else hint.__name__.upper()
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -26,20 +68,21 @@ class OneLineParser(argparse.ArgumentParser):
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add everything `ddb-fast run` and `accelerate launch ddb_fast/train.py` take."""
+    parser.usage = "%(prog)s PRESET_OR_CONFIG [--data PATH] [--out DIR] [any field below]"
     parser.add_argument(
         "config", metavar="PRESET_OR_CONFIG", help=f"{', '.join(PRESETS)}, or a .json file"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
     for name, (target, text) in SHORT.items():
         parser.add_argument(f"--{name}", dest=target, metavar="PATH", help=text)
-    texts = {"methods": f"of: {' '.join(METHODS)}", "out": "folder of the run"}
+    texts = field_texts()
     fields = parser.add_argument_group("any field of the configuration; defaults by preset")
     for name, value in flatten(PRESETS["ddb"]()).items():
         if name == "preset":
             continue
-        leaf = name.rsplit(".", 1)[-1].upper()
+        kind, text = texts[name]
         several = {"nargs": "+"} if isinstance(value, list) else {}
-        fields.add_argument(f"--{name}", dest=name, metavar=leaf, help=texts.get(name), **several)
+        fields.add_argument(f"--{name}", dest=name, metavar=kind, help=text or None, **several)
 
 
 def run_config(arguments: argparse.Namespace) -> RunConfig:
@@ -50,11 +93,14 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
         if name not in ("config", "dry_run", "command") and value is not None
     }
     config = with_fields(load_config(arguments.config), given)
+    ignored = sorted(n for n in given if n.startswith("diffusion.") and n != "diffusion.load")
+    if ignored and config.diffusion.load is not None:
+        raise ValueError(f"{', '.join(ignored)}: --diffusion brings a generator as it was trained")
     if config.data.path is not None and config.data.source == "digits":
         if "data.source" in given or "data.path" not in given:
             raise ValueError("data.source digits is embedded and takes no data.path")
         config = with_fields(config, {"data.source": "auto"})
-    if config.data.path is None and config.data.source != "digits":
+    if config.data.path is None and config.data.source != "digits" and not arguments.dry_run:
         raise ValueError(f"preset {config.preset}: say which images with --data PATH")
     return config
 

@@ -16,6 +16,10 @@ from safetensors.torch import save_file
 
 
 def _replace(temporary: Path, path: Path) -> None:
+    # safetensors makes files that only their owner can read.
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)
     descriptor = os.open(temporary, os.O_RDWR)
     try:
         os.fsync(descriptor)

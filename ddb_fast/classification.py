@@ -59,11 +59,13 @@ def train_classifier(
     stage: str,
     seed: int,
     resume: Path,
+    whole: bool = False,
 ) -> tuple[nn.Module, float]:
     """Train a classifier on uint8 NHWC images; return it in eval mode, and the seconds.
 
     The first weights depend on the seed only, so methods of one seed start from the same network.
     `recipe(logits, y, index)` is the loss; `resume` is where the training state is kept meanwhile.
+    whole: images are resized, never cropped to their centre, as the amplifier's are when scored.
     """
     device = context.device
     torch.manual_seed(step_seed(seed, "classifier", "weights"))
@@ -72,7 +74,8 @@ def train_classifier(
     recipe.to(device)
 
     def loss_of(model: nn.Module, index: Tensor) -> Tensor:
-        pixels = augment(gather(images, index, device), config.augment, size=config.image_size)
+        batch = gather(images, index, device)
+        pixels = augment(batch, config.augment, size=config.image_size, whole=whole)
         return recipe(model(normalise(pixels, config.pixel_norm)).float(), y[index], index)
 
     seconds = fit(
@@ -139,17 +142,17 @@ def logits_of(
 # --- amplifier ---------------------------------------------------------------------------------
 
 
-def train_amplifier(context: Context, synthetic: Path, folder: Path) -> float:
+def train_amplifier(context: Context, synthetic: Path, folder: Path, resume: Path) -> float:
     """Train the bias amplifier on synthetic images alone; write it; return seconds."""
     tensors, _ = checkpoint.load_tensors(synthetic)
     images, y = tensors["images"].permute(0, 2, 3, 1).contiguous(), tensors["labels"]
     config, seed = context.config.amplifier, context.config.seed
-    resume = folder / "checkpoint.safetensors"
     network, seconds = train_classifier(
         context,
         config,
         images,
         y,
+        whole=True,
         recipe=ERM(),
         sampler=ShuffledSampler(len(y), seed=seed),
         stage="amplifier",
@@ -158,7 +161,6 @@ def train_amplifier(context: Context, synthetic: Path, folder: Path) -> float:
     )
     if context.accelerator.is_main_process:
         save_classifier(folder / "model.safetensors", network, config, context.data.classes)
-        resume.unlink(missing_ok=True)
     return seconds
 
 
@@ -216,6 +218,8 @@ def score_images(context: Context, amplifier: Path, path: Path) -> None:
         logger.warning(
             "class %s: no image passes the threshold; its error set is taken instead", classes[c]
         )
+    by_error_set = torch.full((len(classes),), rules.filter == "none")
+    by_error_set[list(groups.fallback_classes)] = True
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
@@ -223,11 +227,9 @@ def score_images(context: Context, amplifier: Path, path: Path) -> None:
     for name, split in data.splits.items():
         score = (loss[name] - groups.mean[split.y]) / groups.std[split.y]
         wrong = predicted[name] != split.y
-        conflicting = wrong & (loss[name] > groups.threshold[split.y])
-        if name == "train":
-            score, conflicting = groups.score, groups.conflicting
-        elif rules.filter == "none":
-            conflicting = wrong
+        # On the training split this is groups.conflicting: one rule for every row of the table.
+        passes = loss[name] > groups.threshold[split.y]
+        conflicting = wrong & (passes | by_error_set[split.y])
         columns = (split.y, predicted[name], loss[name], probability[name], score, conflicting)
         for path_, y_, p_, l_, q_, s_, c_ in zip(
             split.paths, *(column.tolist() for column in columns), strict=True
@@ -292,13 +294,12 @@ def build_method(
 
 
 def train_method(
-    context: Context, method: str, seed: int, folder: Path, scores: Scores | None
+    context: Context, method: str, seed: int, folder: Path, resume: Path, scores: Scores | None
 ) -> float:
     """Train and evaluate one method with one seed; write its model and metrics; return seconds."""
     config, data = context.config.classifier, context.data
     train = data.splits["train"]
     recipe, sampler = build_method(context, method, seed, scores)
-    resume = folder / "checkpoint.safetensors"
     network, seconds = train_classifier(
         context,
         config,
@@ -319,7 +320,6 @@ def train_method(
         }
         text = json.dumps({"method": method, "seed": seed, **results}, indent=2)
         checkpoint.write_atomically(folder / "metrics.json", text + "\n")
-        resume.unlink(missing_ok=True)
     return seconds
 
 

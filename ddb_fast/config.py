@@ -79,7 +79,7 @@ class Optimisation:
     grad_clip: float | None = None
     """Largest gradient norm."""
     accumulate: int = 1
-    """Micro-batches a step: `batch_size` is divided by it."""
+    """Micro-batches a step: `batch_size` is divided by it, and so is what GroupDRO sees at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,14 +210,17 @@ class RunConfig:
     group_dro: GroupDROConfig = field(default_factory=GroupDROConfig)
     reweighting: ReweightingConfig = field(default_factory=ReweightingConfig)
     methods: tuple[str, ...] = ("erm", "ddb-i", "ddb-ii")
+    """erm, group-dro (needs bias labels), ddb-i, ddb-i-error-set, ddb-i-predicted, ddb-ii."""
     seeds: tuple[int, ...] = (0,)
     """A classifier per method and seed; generator and amplifier are shared."""
     seed: int = 0
     """Of the diffusion model, the synthetic set and the amplifier."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the hardware has it."""
     threads: int | None = None
     """CPU threads of each process; None: every core, shared by the processes of this machine."""
     out: str = "runs/run"
+    """Folder of the run."""
     checkpoint_minutes: float = 5.0
     checkpoint_images: int | None = None
     """Also checkpoint every so many images."""
@@ -233,7 +236,9 @@ class RunConfig:
         for name, value in flatten(self).items():
             low, high = RANGES.get(name.rsplit(".", 1)[-1], (-math.inf, math.inf))
             for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, int | float) and not low <= number <= high:
+                if isinstance(number, int | float) and not (
+                    low <= number <= high and math.isfinite(number)
+                ):
                     raise ValueError(f"{name}: {number} is outside {low} to {high}")
 
 

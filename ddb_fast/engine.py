@@ -132,6 +132,9 @@ def fit(
         )
     optimizer = build_optimizer(config, [p for p in network.parameters() if p.requires_grad])
     start, seconds = 0, 0.0
+    if accelerator.scaler is not None:
+        # One scaler serves all stages; what an earlier one did to it must not reach this one.
+        accelerator.scaler.load_state_dict(type(accelerator.scaler)().state_dict())
     if checkpoints.path.exists():
         tensors, metadata = checkpoint.load_tensors(checkpoints.path)
         checkpoint.load_into(
@@ -193,6 +196,7 @@ def fit(
                 checkpoints.images is not None and images - images_saved >= checkpoints.images
             )
             if due and accelerator.is_main_process and step + 1 < steps:
+                bar.flush()  # raises rather than save weights that have diverged
                 save(step + 1)
                 saved_at, images_saved = time.monotonic(), images
     # Gives the network its own forward back, and lets go of the optimiser.

@@ -31,7 +31,7 @@ def build_unet(config: DiffusionConfig, num_classes: int) -> UNet:
     return UNet(config.unet, num_classes=num_classes, timesteps=config.timesteps)
 
 
-def train_diffusion(context: Context, folder: Path) -> float:
+def train_diffusion(context: Context, folder: Path, resume: Path) -> float:
     """Train the class-conditional generator; write `model.safetensors`; return seconds."""
     config, accelerator = context.config.diffusion, context.accelerator
     train = context.data.splits["train"]
@@ -56,9 +56,9 @@ def train_diffusion(context: Context, folder: Path) -> float:
             class_dropout=config.class_dropout,
             class_dropout_per=config.class_dropout_per,
             loss_scale=config.loss_scale,
+            batch_size=config.batch_size,
         )
 
-    saved = folder / "checkpoints" / "last.safetensors"
     seconds = fit(
         accelerator,
         unet,
@@ -68,7 +68,7 @@ def train_diffusion(context: Context, folder: Path) -> float:
         stage="diffusion",
         seed=context.config.seed,
         log=context.log,
-        checkpoints=context.checkpoints(saved),
+        checkpoints=context.checkpoints(resume / "last.safetensors"),
         ema=ema,
         show_progress=context.config.progress,
     )
@@ -76,7 +76,6 @@ def train_diffusion(context: Context, folder: Path) -> float:
         save_diffusion(
             folder, ema.tensors if ema else unet.state_dict(), config, context.data.classes
         )
-        saved.unlink(missing_ok=True)
     return seconds
 
 
@@ -110,7 +109,7 @@ def load_diffusion(folder: Path) -> tuple[UNet, DiffusionConfig, tuple[str, ...]
     return unet.eval(), config, classes
 
 
-def synthesise(context: Context, diffusion_folder: Path, folder: Path) -> float:
+def synthesise(context: Context, diffusion_folder: Path, folder: Path, shards: Path) -> float:
     """Sample the synthetic set, sharded over processes and resumable; return this run's seconds.
 
     Image k depends on the weights, its label and its own seed only: every batch is padded to the
@@ -123,7 +122,6 @@ def synthesise(context: Context, diffusion_folder: Path, folder: Path) -> float:
     schedule = make_schedule(diffusion)
     labels, seeds = plan(len(context.data.classes), config.per_class, context.config.seed)
     parts = torch.arange(len(labels)).split(config.batch_size)
-    shards = folder / "shards"
     shown = context.config.progress and accelerator.is_main_process
     own = range(accelerator.process_index, len(parts), accelerator.num_processes)
     missing = [b for b in own if not (shards / f"{b:06d}.safetensors").exists()]
@@ -158,9 +156,6 @@ def synthesise(context: Context, diffusion_folder: Path, folder: Path) -> float:
         ]
         merged = {name: torch.cat([shard[name] for shard in loaded]) for name in loaded[0]}
         save_synthetic(context, folder, merged)
-        for path in shards.iterdir():
-            path.unlink()
-        shards.rmdir()
     return time.monotonic() - began
 
 
@@ -200,12 +195,14 @@ def import_synthetic(context: Context, folder: Path) -> None:
     source, classes = context.config.sampling.load, context.data.classes
     # Nothing is held out: every image is synthetic training material.
     listing = list_folder(source, validation_share=0, test_share=0)
-    if tuple(listing.classes) != tuple(classes):
+    if set(listing.classes) != set(classes):
         raise ValueError(f"{source}: its classes {listing.classes} are not the data's {classes}")
+    # By name: folders sort 0, 1, 10, 2 where a CSV's classes count 0, 1, 2.
+    number = torch.tensor([classes.index(name) for name in listing.classes])
     size = context.config.diffusion.image_size
     if context.accelerator.is_main_process:
         images = torch.stack([squash(listing.read(i), size) for i in range(len(listing))])
-        labels = listing.y
+        labels = number[listing.y]
         # No seed made these images; -1 says so where generated ones carry theirs.
         tensors = {"images": images, "labels": labels, "seeds": torch.full_like(labels, -1)}
         save_synthetic(context, folder, tensors)

@@ -6,9 +6,11 @@ diffuse -> sample -> amplify -> score -> one classifier per method and seed -> r
 import json
 import logging
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,20 @@ from ddb_fast import report
 from ddb_fast.checkpoint import write_atomically
 from ddb_fast.classification import (
     Scores,
+    build_network,
     read_scores,
     score_images,
     train_amplifier,
     train_method,
 )
-from ddb_fast.config import RunConfig
+from ddb_fast.config import ClassifierConfig, RunConfig
 from ddb_fast.context import Context
+from ddb_fast.data.listing import Listing
 from ddb_fast.data.sources import open_listing
 from ddb_fast.data.store import ImageData, open_images
+from ddb_fast.diffusion.samplers import timesteps
 from ddb_fast.generator import (
+    build_unet,
     import_diffusion,
     import_synthetic,
     read_diffusion_config,
@@ -58,6 +64,31 @@ def describe(data: ImageData) -> str:
     return f"{data.name}: {len(data.classes)} classes, {splits} images"
 
 
+def check_feasible(config: RunConfig, *, num_classes: int, world: int) -> None:
+    """Refuse with ValueError, before anything is trained, what would only fail at its stage."""
+    parts = {"classifier": config.classifier}
+    if not UNAIDED.issuperset(config.methods):
+        parts["amplifier"] = config.amplifier
+        if config.sampling.load is None:
+            with torch.device("meta"):
+                build_unet(config.diffusion, num_classes)
+            if config.sampling.sampler != "ddpm-authors":
+                timesteps(config.diffusion.timesteps, config.sampling.steps)
+            if config.diffusion.load is None:
+                parts["diffusion"] = config.diffusion
+    for name, part in parts.items():
+        if part.batch_size % (world * part.accumulate):
+            raise ValueError(
+                f"{name}.batch_size {part.batch_size} is not a multiple of {world} devices x "
+                f"{part.accumulate} accumulated"
+            )
+        if isinstance(part, ClassifierConfig):
+            with torch.device("meta"):
+                build_network(replace(part, weights=None), num_classes)
+            if part.weights not in (None, "imagenet") and not Path(part.weights).is_file():
+                raise ValueError(f"{name}.weights: no file {part.weights}")
+
+
 def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -> dict[str, Any]:
     """Run every stage of `config` that is not done and write the report; return the results.
 
@@ -69,34 +100,54 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -
     """
     main = accelerator.is_main_process
     if config.diffusion.load is not None:
-        loaded = read_diffusion_config(Path(config.diffusion.load))
-        config = replace(config, diffusion=replace(loaded, load=config.diffusion.load))
+        source = Path(config.diffusion.load).resolve()
+        loaded = read_diffusion_config(source)
+        config = replace(config, diffusion=replace(loaded, load=str(source)))
+    if config.sampling.load is not None:
+        source = Path(config.sampling.load).resolve()
+        config = replace(config, sampling=replace(config.sampling, load=str(source)))
     listing = open_listing(config.data)
     folder = RunFolder(
         config, fingerprint=listing.fingerprint, device=device_name(accelerator), writes=main
     )
+    config = folder.extended()
+    check_feasible(config, num_classes=len(listing.classes), world=accelerator.num_processes)
     accelerator.wait_for_everyone()
-    folder.open()
-    accelerator.wait_for_everyone()
-    logger.info("%s", machine)
-    path = folder.path
+    try:
+        folder.open()
+        accelerator.wait_for_everyone()
+        logger.info("%s", machine)
+        return _run_stages(config, accelerator, listing, folder)
+    finally:
+        folder.close()
+
+
+def _run_stages(
+    config: RunConfig, accelerator: Accelerator, listing: Listing, folder: RunFolder
+) -> dict[str, Any]:
+    main, path = accelerator.is_main_process, folder.path
     log = RunLog(accelerator, path / "log.jsonl", mirror=config.tracker != "none")
     if config.tracker != "none":
         accelerator.init_trackers("ddb_fast", config={"preset": config.preset})
 
-    def stage(key: str, work: Callable[[], float | None]) -> None:
+    def stage(key: str, work: Callable[[], float | None], unfinished: Path | None = None) -> None:
+        """Run a stage that is not done; `unfinished` is where it keeps its work meanwhile."""
         if folder.done(key):
             logger.info("%s: done before", key)
             return
-        folder.begin(key)
+        first = folder.begin(key)
         began = time.monotonic()
         try:
             seconds = work()
         except ValueError:
-            folder.forget(key)
+            # A stage that refused its input binds nobody; one with unfinished work on disk does.
+            if first and not (unfinished is not None and unfinished.exists()):
+                folder.forget(key)
             raise
         accelerator.wait_for_everyone()
         folder.finish(key, time.monotonic() - began if seconds is None else seconds)
+        if main and unfinished is not None and unfinished.exists():
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
 
     began = time.monotonic()
     with accelerator.main_process_first():
@@ -126,10 +177,13 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -
             if config.diffusion.load is not None:
                 stage("diffusion", lambda: import_diffusion(context, diffusion))
             else:
-                stage("diffusion", lambda: train_diffusion(context, diffusion))
-            stage("synthetic", lambda: synthesise(context, diffusion, synthetic))
+                resume = diffusion / "checkpoints"
+                stage("diffusion", lambda: train_diffusion(context, diffusion, resume), resume)
+            shards = synthetic / "shards"
+            stage("synthetic", lambda: synthesise(context, diffusion, synthetic, shards), shards)
         images = synthetic / "images.safetensors"
-        stage("amplifier", lambda: train_amplifier(context, images, amplifier))
+        resume = amplifier / "checkpoint.safetensors"
+        stage("amplifier", lambda: train_amplifier(context, images, amplifier, resume), resume)
         table_path, model = amplifier / "scores.csv", amplifier / "model.safetensors"
         stage("scores", lambda: score_images(context, model, table_path) if main else None)
         scores = read_scores(table_path)
@@ -137,18 +191,18 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -
     for seed in config.seeds:
         for method in config.methods:
             target = path / "classifiers" / method / f"seed{seed}"
-            stage(
-                f"{method}/seed{seed}",
-                lambda method=method, seed=seed, target=target: train_method(
-                    context, method, seed, target, scores
-                ),
-            )
+            resume = target / "checkpoint.safetensors"
+            work = partial(train_method, context, method, seed, target, resume, scores)
+            stage(f"{method}/seed{seed}", work, resume)
 
     results = collect_results(path, config, data, scores, folder.seconds())
     if main:
         write_atomically(path / "results.json", json.dumps(results, indent=2) + "\n")
         report.write(path, config, data, results)
         print(table(results))
-        print(f"results: {path / 'results.json'}\nreport:  {path / 'report.html'}")
+        print(f"results: {path / 'results.json'}")
+        if scores is not None:
+            print(f"scores:  {table_path}")
+        print(f"report:  {path / 'report.html'}")
     accelerator.wait_for_everyone()
     return results

@@ -4,6 +4,7 @@ ddb is the authors' generator with our corrections; lean, tiny and digits are ou
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -25,7 +26,9 @@ def _ddb() -> RunConfig:
 
     Theirs, to switch back on: `diffusion.pixel_norm imagenet`, `diffusion.class_dropout_per batch`,
     `diffusion.loss_scale authors`, `diffusion.ema_half_life none`, `precision fp32`,
-    `sampling.sampler ddpm-authors`, `sampling.clip_x0 false`.
+    `sampling.sampler ddpm-authors`, `sampling.clip_x0 false`. They start classifiers from ImageNet:
+    `classifier.weights imagenet`, `amplifier.weights imagenet`. 100,000 amplifier images are their
+    50 epochs for two classes.
     """
     return RunConfig(
         preset="ddb",
@@ -221,7 +224,7 @@ def load_config(preset_or_path: str) -> RunConfig:
     """
     if preset_or_path in PRESETS:
         return PRESETS[preset_or_path]()
-    if preset_or_path.endswith(".json"):
+    if preset_or_path.endswith(".json") or os.path.isfile(preset_or_path):
         try:
             with open(preset_or_path, encoding="utf-8") as file:
                 return from_json(file.read())

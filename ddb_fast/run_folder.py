@@ -5,18 +5,20 @@ A stage is done only after its files were renamed into place, so a killed run is
 further than it got.
 """
 
+import fcntl
 import json
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 import ddb_fast
 from ddb_fast.checkpoint import write_atomically
-from ddb_fast.config import RunConfig, fields_hash, stage_fields, to_json
+from ddb_fast.config import METHODS, RunConfig, fields_hash, stage_fields, to_json
 
 
 def _git_commit() -> str | None:
@@ -58,14 +60,15 @@ class RunFolder:
         self.path = Path(config.out)
         self._config, self._writes = config, writes
         self._fingerprint = fingerprint
+        self._lock: IO[str] | None = None
         self._manifest_path = self.path / "manifest.json"
         self._stages: dict[str, dict[str, Any]] = {}
         if self._manifest_path.exists():
             try:
                 self._stages = json.loads(self._manifest_path.read_text("utf-8"))["stages"]
-            except (json.JSONDecodeError, KeyError) as error:
+                self._refuse_differences()
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{self._manifest_path}: not a manifest ({error})") from None
-            self._refuse_differences()
         elif self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
             raise ValueError(f"{self.path} holds files but no run; name another folder with --out")
         self._header = {
@@ -79,8 +82,19 @@ class RunFolder:
         """Create the folder or record the new command; call it once every process has read it."""
         if self._writes:
             self.path.mkdir(parents=True, exist_ok=True)
+            # The kernel lets go of it when the process ends, however it ends.
+            self._lock = (self.path / ".lock").open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.path}: another process is running here") from None
             self._write()
             write_atomically(self.path / "config.json", to_json(self._config))
+
+    def close(self) -> None:
+        """Let other processes run here."""
+        if self._lock is not None:
+            self._lock.close()
 
     def _fields(self, key: str) -> dict[str, Any]:
         stage = key.split("/")[0]
@@ -109,11 +123,12 @@ class RunFolder:
         """Whether the results of `stage` or `method/seedN` are complete."""
         return self._stages.get(key, {}).get("done", False)
 
-    def begin(self, key: str) -> None:
-        """Record that a stage was begun with today's fields: from here they are binding."""
-        fields = self._fields(key)
+    def begin(self, key: str) -> bool:
+        """Bind a stage to today's fields; return whether it was never begun before."""
+        first, fields = key not in self._stages, self._fields(key)
         self._stages[key] = {"done": False, "hash": fields_hash(fields), "fields": fields}
         self._write()
+        return first
 
     def finish(self, key: str, seconds: float) -> None:
         """Record that the files of a stage are in place."""
@@ -121,9 +136,21 @@ class RunFolder:
         self._write()
 
     def forget(self, key: str) -> None:
-        """Undo `begin`: the stage refused its input and left nothing."""
+        """Undo the first `begin` of a stage that refused its input and left nothing."""
         del self._stages[key]
         self._write()
+
+    def extended(self) -> RunConfig:
+        """The configuration with the methods and seeds that were finished here before added."""
+        finished = [key.split("/seed") for key in self._stages if "/seed" in key and self.done(key)]
+        methods = {*self._config.methods, *(method for method, _ in finished)}
+        seeds = {*self._config.seeds, *(int(seed) for _, seed in finished)}
+        self._config = replace(
+            self._config,
+            methods=tuple(m for m in METHODS if m in methods),
+            seeds=tuple(sorted(seeds)),
+        )
+        return self._config
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each finished stage."""

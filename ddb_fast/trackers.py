@@ -77,15 +77,16 @@ class Progress:
             self._sum = detached if self._sum is None else self._sum + detached
             self._steps += 1
             if time.monotonic() - self._last > self._drain:
-                self._flush()
+                self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Read the losses so far; FloatingPointError if their mean is not finite."""
         if self._sum is not None:
             mean = float(self._sum) / self._steps
             if not math.isfinite(mean):
                 raise FloatingPointError(
                     f"{self._stage}: the loss is {mean} after {self._images} images; "
-                    "a lower learning rate or `--precision fp32` may help"
+                    "a lower learning rate or `--precision fp32`, under another --out, may help"
                 )
             self._bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
             self._log.write(self._stage, step=self._images, images=self._images, loss=mean)
@@ -96,6 +97,6 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         try:
-            self._flush()
+            self.flush()
         finally:
             self._bar.close()

@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__":  # the launcher puts this file's folder first; our modules are not its
@@ -16,7 +18,7 @@ from ddb_fast.arguments import parse_run
 from ddb_fast.config import RunConfig, to_json
 
 
-def choose_precision(asked: str, *, exported: str | None) -> tuple[str, str]:
+def choose_precision(asked: str, *, exported: str | None, cuda: bool) -> tuple[str, str]:
     """(accelerate's name for the precision, why): `auto` takes bf16 where the hardware has it.
 
     `accelerate launch` exports `no` unless told otherwise, so an exported `no` is not a wish; an
@@ -29,7 +31,7 @@ def choose_precision(asked: str, *, exported: str | None) -> tuple[str, str]:
         chosen, reason = names[asked], "asked for"
     elif exported in ("bf16", "fp16"):
         chosen, reason = exported, "chosen at launch"
-    elif torch.cuda.is_available():
+    elif cuda:
         native = torch.cuda.get_device_capability() >= (8, 0)
         chosen, reason = ("bf16", "the GPU has it") if native else ("fp16", "the GPU has no bf16")
     else:
@@ -37,7 +39,7 @@ def choose_precision(asked: str, *, exported: str | None) -> tuple[str, str]:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         chosen = "bf16" if native else "no"
         reason = f"the CPU has {'' if native else 'no '}bf16 instructions ({capability})"
-    if chosen == "fp16" and not torch.cuda.is_available():
+    if chosen == "fp16" and not cuda:
         raise ValueError("precision fp16 needs a GPU (its loss scaling); use bf16 or fp32")
     return chosen, reason
 
@@ -47,29 +49,51 @@ def set_threads(threads: int | None) -> int:
     import torch
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    count = threads or max(1, len(os.sched_getaffinity(0)) // here)
+    # Linux knows which cores this process may use; elsewhere all count.
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    count = threads or max(1, cores // here)
     torch.set_num_threads(count)
     return count
 
 
 def run(config: RunConfig) -> None:
     """Build the Accelerator and run the pipeline."""
-    from accelerate import Accelerator
+    import torch
+    from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+    from accelerate.tracking import get_available_trackers
 
     from ddb_fast.pipeline import run_pipeline
 
     exported = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    precision, reason = choose_precision(config.precision, exported=exported)
+    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "0") in ("0", "false")
+    precision, reason = choose_precision(config.precision, exported=exported, cuda=cuda)
+    # Results depend on what was chosen, not on having left the choice open.
+    config = replace(config, precision={"no": "fp32"}.get(precision, precision))
     threads = set_threads(config.threads)
     tracker = None if config.tracker == "none" else config.tracker
+    if tracker is not None and tracker not in {str(t.value) for t in get_available_trackers()}:
+        raise ValueError(f"tracker {tracker}: install the package {tracker} first")
+    # Other processes wait while the main one decodes images, which may take hours.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(
-        mixed_precision=precision, log_with=tracker, project_dir=config.out if tracker else None
+        mixed_precision=precision,
+        log_with=tracker,
+        project_dir=config.out if tracker else None,
+        kwargs_handlers=[patience],
     )
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in known or accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"launched as {accelerator.distributed_type.value} with gradient accumulation "
+            f"{accelerator.gradient_accumulation_steps}: only plain data parallelism is supported; "
+            "accumulate with --diffusion.accumulate and its like"
+        )
     if not accelerator.is_main_process:
         logging.getLogger("ddb_fast").setLevel(logging.WARNING)
     machine = (
         f"{accelerator.num_processes} x {accelerator.device.type}, {threads} threads each; "
-        f"{'fp32' if precision == 'no' else precision}: {reason}"
+        f"{config.precision}: {reason}"
     )
     try:
         run_pipeline(config, accelerator, machine=machine)
@@ -83,10 +107,15 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
     if dry_run:
         sys.stdout.write(to_json(config))
         return 0
+    from torch import OutOfMemoryError
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         run(config)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError, OutOfMemoryError) as error:
         if os.environ.get("DDB_FAST_TRACEBACK"):
             raise
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)

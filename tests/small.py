@@ -30,10 +30,16 @@ FIELDS = {
 }
 
 
-def arguments(out: Path, **changes: str) -> list[str]:
-    """`digits --out OUT --field value ...` with some fields changed (dots written as `__`)."""
+def arguments(out: Path, *, generator: Path | None = None, **changes: str) -> list[str]:
+    """`digits --out OUT --field value ...` with some fields changed (dots written as `__`).
+
+    generator: a folder for `--diffusion`, which brings all fields of that section.
+    """
     fields = FIELDS | {name.replace("__", "."): value for name, value in changes.items()}
     words = ["digits", "--out", str(out)]
+    if generator is not None:
+        words += ["--diffusion", str(generator)]
+        fields = {k: v for k, v in fields.items() if not k.startswith("diffusion.")}
     for name, value in fields.items():
         words += [f"--{name}", *value.split()]
     return words

@@ -21,7 +21,6 @@ LAYERS = [
 ]
 STDLIB_ONLY = {"config", "presets", "arguments"}
 USES_ACCELERATE = {"train", "pipeline", "context", "engine", "checkpoint", "trackers", "run_folder"}
-# `data.groups` and the samplers are plain tensors; recipes stay usable without the rest.
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -112,8 +111,9 @@ def test_nothing_names_a_machine_or_pickles():
     forbidden = ["/wo" + "rk/", "/ro" + "ot/", "weights_only=F" + "alse", "import pi" + "ckle"]
     suffixes = {".py", ".md", ".toml", ".txt", ".j2", ".yml", ".cpp", ".json", ""}
     tracked = subprocess.run(
-        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True
+        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True
     ).stdout.split()
+    assert tracked
     for name in tracked:
         path = ROOT / name
         if path.suffix in suffixes and path.is_file():

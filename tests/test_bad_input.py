@@ -1,5 +1,7 @@
 """What a person can get wrong: one clear line on standard error, exit 2, and nothing lost."""
 
+import fcntl
+import importlib.util
 import os
 import shutil
 import sys
@@ -12,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 import small
+from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.train import main
 
 WORDS = "--diffusion.images 64 --amplifier.images 64 --classifier.images 64 --progress false"
@@ -92,15 +95,15 @@ def test_a_corrupt_image_is_named_with_the_choice_to_skip_and_then_skipped(capsy
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("path,label\na.png,0\n", ["y"]),
-        ("y\n0\n", ["path"]),
-        ("path,y\na.png,0\nmissing.png,1\n", ["missing.png"]),
-        ("path,y\na.png,0\nb.png,2\n", ["1"]),
-        ("path,y\na.png,cat\nb.png,dog\n", ["cat"]),
-        ("path,y\na.png,-1\nb.png,0\n", ["-1"]),
-        ("path,y,split\na.png,0,train\nb.png,1,holdout\n", ["holdout"]),
-        ("path,y,a\na.png,0,red\nb.png,1,0\n", ["red"]),
-        ("", ["path"]),
+        ("path,label\na.png,0\n", ["no column `y`"]),
+        ("y\n0\n", ["no column `path`"]),
+        ("path,y\na.png,0\nmissing.png,1\n", ["line 3: no file", "missing.png"]),
+        ("path,y\na.png,0\nb.png,2\n", ["1 is missing"]),
+        ("path,y\na.png,cat\nb.png,dog\n", ["y is 'cat'"]),
+        ("path,y\na.png,-1\nb.png,0\n", ["-1 is negative"]),
+        ("path,y,split\na.png,0,train\nb.png,1,holdout\n", ["split is 'holdout'"]),
+        ("path,y,a\na.png,0,red\nb.png,1,0\n", ["a is 'red'"]),
+        ("", ["no column `path`"]),
     ],
 )
 def test_a_csv_that_is_wrong(capsys, tmp_path, content, words):
@@ -155,10 +158,10 @@ def generator(tmp_path_factory):
 
 
 def test_a_generator_that_is_none(capsys, tmp_path, generator):
-    command = small.arguments(tmp_path / "out")
-    line = refused(capsys, *command, "--diffusion", tmp_path / "absent")
+    out = tmp_path / "out"
+    line = refused(capsys, *small.arguments(out, generator=tmp_path / "absent"))
     assert "absent" in line
-    line = refused(capsys, *command, "--diffusion", generator / "amplifier")
+    line = refused(capsys, *small.arguments(out, generator=generator / "amplifier"))
     assert "not a diffusion model" in line
 
 
@@ -178,9 +181,62 @@ def test_a_checkpoint_of_another_shape(capsys, tmp_path, generator):
     tensors, metadata = checkpoint.load_tensors(path)
     name = next(n for n, t in tensors.items() if t.ndim == 4)
     checkpoint.save_tensors(path, {**tensors, name: tensors[name][:, :1]}, metadata)
-    command = small.arguments(tmp_path / "out")
-    line = refused(capsys, *command, "--diffusion", folder)
+    line = refused(capsys, *small.arguments(tmp_path / "out", generator=folder))
     assert "a checkpoint of another shape" in line and name in line
+
+
+def test_a_stage_that_fails_late_keeps_the_binding_of_its_unfinished_work(capsys, tmp_path):
+    words = small.arguments(tmp_path / "out", methods="ddb-ii")
+
+    class Failing(ShuffledSampler):
+        def batch(self, step, batch_size):
+            if step == 15:
+                raise ValueError("late")
+            return super().batch(step, batch_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddb_fast.generator.ShuffledSampler", Failing)
+        assert "late" in refused(capsys, *words)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert "diffusion.lr is" in refused(capsys, *words, "--diffusion.lr", "0.1")
+
+
+def test_an_interrupted_run_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ddb_fast.pipeline.train_diffusion", interrupt)
+    words = small.arguments(tmp_path / "out", methods="ddb-ii")
+    assert main(words, prog="ddb-fast run") == 130
+    assert capsys.readouterr().err.strip().endswith("the same command continues")
+
+
+def test_a_folder_in_which_another_process_runs(capsys, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process" in refused(capsys, *small.arguments(out))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--classifier.model vgg", "vgg"),
+        ("--amplifier.image_size 4", "8 pixels"),
+        ("--classifier.weights absent.safetensors", "absent.safetensors"),
+        ("--sampling.steps 2000", "2000"),
+        ("--diffusion.unet.norm_groups 7", "norm_groups 7"),
+        ("--classifier.batch_size 10 --classifier.accumulate 4", "classifier.batch_size 10"),
+        ("--tracker wandb", "wandb"),
+    ],
+)
+def test_what_would_fail_hours_later_is_refused_at_once(capsys, tmp_path, words, told):
+    if "wandb" in words and importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    out = tmp_path / "out"
+    assert told in refused(capsys, *small.arguments(out), *words.split())
+    assert not out.exists()
 
 
 def test_synthetic_images_of_other_classes(capsys, tmp_path):

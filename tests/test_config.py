@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ddb_fast.arguments import parse_run
+from ddb_fast.arguments import field_texts, parse_run
 from ddb_fast.config import (
     METHODS,
     STAGE_FIELDS,
@@ -69,6 +69,8 @@ def test_ddb_is_the_authors_schedule():
         ({"diffusion.images": -5}, "diffusion.images: -5"),
         ({"sampling.steps": 0}, "sampling.steps: 0"),
         ({"data.rho": 1.5}, "data.rho: 1.5"),
+        ({"classifier.lr": "inf"}, "classifier.lr: inf"),
+        ({"pseudo_labels.gamma": "inf"}, "pseudo_labels.gamma: inf"),
         ({"classifier.lr": "nan"}, "classifier.lr: nan"),
         ({"threads": 0}, "threads: 0"),
     ],
@@ -141,9 +143,9 @@ def test_stage_fields_change_only_what_depends_on_them():
 
 def test_options_reach_fields():
     argv = "tiny --data photos --out here --methods erm ddb-ii --seeds 3 4 --diffusion.lr 1e-5"
-    config, dry = parse_run([*argv.split(), "--diffusion", "gen", "--dry-run"], prog="x")
+    config, dry = parse_run([*argv.split(), "--synthetic", "own", "--dry-run"], prog="x")
     assert dry
-    assert (config.data.path, config.out, config.diffusion.load) == ("photos", "here", "gen")
+    assert (config.data.path, config.out, config.sampling.load) == ("photos", "here", "own")
     assert (config.methods, config.seeds, config.diffusion.lr) == (("erm", "ddb-ii"), (3, 4), 1e-5)
 
 
@@ -152,8 +154,32 @@ def test_data_given_to_the_embedded_preset_is_read():
     assert (config.data.source, config.data.path) == ("auto", "photos")
 
 
+def test_fields_of_a_generator_that_is_brought_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_run(["digits", "--diffusion", "gen", "--diffusion.lr", "1"], prog="x")
+    assert stop.value.code == 2
+    assert "diffusion.lr" in capsys.readouterr().err
+
+
+def test_help_says_what_every_field_takes():
+    texts = field_texts()
+    assert texts.keys() == flatten(load_config("ddb")).keys()
+    assert texts["diffusion.target"][0] == "{eps,v}"
+    assert texts["classifier.lr"] == ("FLOAT", "Peak learning rate.")
+    assert texts["diffusion.ema_half_life"] == ("INT|none", "In images; None: no moving average.")
+    assert texts["seeds"][0] == "INT" and texts["methods"][0] == "STR"
+
+
 @pytest.mark.parametrize(
-    "argv", [["nope"], ["tiny"], ["digits", "--seeds", "a"], ["digits", "--foo"], []]
+    "argv",
+    [
+        ["nope"],
+        ["tiny"],
+        ["tiny", "--out", "x"],
+        ["digits", "--seeds", "a"],
+        ["digits", "--foo"],
+        [],
+    ],
 )
 def test_wrong_commands_are_one_line_and_exit_2(argv):
     answer = subprocess.run(
@@ -172,7 +198,7 @@ def test_dry_run_prints_a_configuration_that_runs_again(tmp_path):
         text=True,
         check=True,
     )
-    path = tmp_path / "mine.json"
+    path = tmp_path / "mine.config"
     path.write_text(first.stdout)
     again = subprocess.run(
         [*command, str(path), "--dry-run"], capture_output=True, text=True, check=True

@@ -91,11 +91,16 @@ def test_a_table_with_bias_labels_takes_true_groups_and_then_grows(two_digits, t
     more = short | {"methods": "erm group-dro ddb-i-predicted ddb-i-error-set", "seeds": "0 1"}
     assert run(*command, **more) == 0
     second = json.loads((out / "results.json").read_text())
-    assert list(second["methods"])[2:] == ["ddb-i-predicted", "ddb-i-error-set"]
+    assert list(second["methods"])[2:] == ["ddb-i-error-set", "ddb-i-predicted"]
     for method in ("erm", "group-dro"):
         for name, metric in first["methods"][method]["metrics"].items():
             assert second["methods"][method]["metrics"][name]["seeds"][0] == metric["seeds"][0]
     assert second["amplifier"]["auroc"] is not None
+
+    assert run(*command, **short) == 0
+    third = json.loads((out / "results.json").read_text())
+    assert third["methods"] == second["methods"], "asking for less takes nothing away"
+    assert third["amplifier"] == second["amplifier"]
 
 
 def test_synthetic_images_of_ones_own_replace_the_generator(two_digits, tmp_path):

@@ -20,12 +20,18 @@ _CROP_AREA, _CROP_RATIO, _CROP_TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
 
 def augment(
-    images: Tensor, kind: str, *, size: int, generator: torch.Generator | None = None
+    images: Tensor,
+    kind: str,
+    *,
+    size: int,
+    whole: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw a random view of each image: (N, 3, size, size) float32 in 0..255, channels_last.
 
     images: (N, 3, S, S) uint8. crop-flip: RandomResizedCrop (8 to 100 % of the area, 3:4 to 4:3, at
-    positions that need not be whole pixels), then a flip. The other kinds start from `centre`:
+    positions that need not be whole pixels), then a flip. The other kinds start from `centre`, or
+    with `whole` from `amplifier_view`:
     shift moves up to an eighth of the side in whole pixels and repeats the edge, flip mirrors left
     and right with probability 1/2. generator: of the images' device, whose default is used without.
     ValueError for another kind, dtype or shape.
@@ -35,7 +41,7 @@ def augment(
     _check(images, size)
     if kind == "crop-flip":
         return _crop_flip(images, size, generator)
-    view = centre(images, size)
+    view = (amplifier_view if whole else centre)(images, size)
     if kind == "none":
         return view
     count, device = len(view), view.device

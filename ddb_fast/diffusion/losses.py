@@ -20,6 +20,7 @@ def diffusion_loss(
     class_dropout: float = 0.1,
     class_dropout_per: str = "sample",
     loss_scale: str = "mean",
+    batch_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Squared error of the predicted noise (or v) at random timesteps, a scalar.
@@ -29,7 +30,8 @@ def diffusion_loss(
     is computed in their dtype, so keep them float32 under autocast. y: (N,) int64.
     target: eps | v. class_dropout: probability that a label is dropped, drawn for every sample or
     (the authors) once for the whole batch. loss_scale: mean, or authors, who divide the sum over
-    everything by N^2, N the batch of this call. generator: on x0's device; None: the global one.
+    everything by N^2, N the batch of all devices: batch_size, None for this call's.
+    generator: on x0's device; None: the global one.
     ValueError for an unknown name or a probability outside [0, 1].
     Source: Ho et al. 2020, equation 14; v: Salimans & Ho 2022; dropped labels: Ho & Salimans 2022,
     algorithm 1.
@@ -53,4 +55,4 @@ def diffusion_loss(
     mean = F.mse_loss(prediction.to(x0.dtype), truth)
     if loss_scale == "mean":
         return mean
-    return mean * (x0[0].numel() / n)
+    return mean * (x0[0].numel() / (batch_size or n))

@@ -209,3 +209,10 @@ def test_on_a_gpu(kind):
     again = augment(x, kind, size=16, generator=generator.manual_seed(0))
     assert torch.equal(y, again)
     assert torch.allclose(centre(x, 16).cpu(), centre(x.cpu(), 16), atol=1e-3)
+
+
+@pytest.mark.parametrize("side", [16, 32, 48])
+def test_whole_images_are_seen_in_training_as_in_scoring(side):
+    """The amplifier must not tell synthetic from real by how much of the picture it was shown."""
+    images = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
+    assert augment(images, "none", size=32, whole=True).equal(amplifier_view(images, 32))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddb_fast.data.groups import Groups, majority_bias
@@ -75,6 +75,7 @@ def test_an_empty_split_has_groups_without_samples():
     assert groups.counts.tolist() == [0, 0, 0, 0]
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 5).flatmap(
         lambda k: st.integers(1, 4).flatmap(

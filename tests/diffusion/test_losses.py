@@ -160,3 +160,23 @@ def test_memory_format_reaches_the_model():
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         loss(Spy(lambda x_t, t: x_t), images(2), **options)
+
+
+def test_the_authors_scale_is_of_the_batch_of_all_devices():
+    """Two halves of a batch, averaged as devices average, weigh what the whole does."""
+    whole, half = torch.zeros(8, 3, 4, 4), torch.zeros(4, 3, 4, 4)
+
+    def loss(x0, **sizes):
+        return diffusion_loss(
+            lambda x, t, y: torch.ones_like(x),
+            x0,
+            torch.zeros(len(x0), dtype=torch.int64),
+            schedule=Schedule.linear(10, 1e-4, 0.02),
+            null_class=1,
+            loss_scale="authors",
+            generator=torch.Generator().manual_seed(0),
+            **sizes,
+        )
+
+    assert loss(half, batch_size=8) / loss(half) == pytest.approx(0.5)
+    assert loss(whole) == pytest.approx(loss(whole, batch_size=8))
