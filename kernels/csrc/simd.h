@@ -1,0 +1,243 @@
+// Vectors of the instruction set this file is compiled for: loads and stores with conversion, and
+// the logistic function. Everything lies in the namespace DDB_LEVEL, see group_norm.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "group_norm.h"
+
+namespace ddb_fast::DDB_LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+template <class R>
+constexpr int lanes = vector_bytes / sizeof(R);
+
+typedef float VF __attribute__((vector_size(vector_bytes)));
+typedef double VD __attribute__((vector_size(vector_bytes)));
+typedef uint32_t VU __attribute__((vector_size(vector_bytes)));
+typedef int32_t VI __attribute__((vector_size(vector_bytes)));
+typedef uint64_t VL __attribute__((vector_size(vector_bytes)));
+typedef uint16_t VS __attribute__((vector_size(vector_bytes / 2)));
+
+// What a stored type is computed in.
+template <class T>
+struct Compute {
+  using Real = float;
+  using Vector = VF;
+};
+template <>
+struct Compute<double> {
+  using Real = double;
+  using Vector = VD;
+};
+template <class T>
+using Real = typename Compute<T>::Real;
+template <class T>
+using Vector = typename Compute<T>::Vector;
+
+// How much of a vector is there.
+struct All {
+  static constexpr int count = 0;
+};
+struct Some {
+  int count;
+};
+
+inline VF load(const float* p, All) {
+  VF x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+inline VD load(const double* p, All) {
+  VD x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+inline VF load(const BFloat16* p, All) {
+#if defined(__AVX512F__)
+  const VU bits = (VU)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  const VU bits = (VU)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  VS narrow;
+  std::memcpy(&narrow, p, sizeof narrow);
+  const VU bits = __builtin_convertvector(narrow, VU);
+#endif
+  return (VF)(bits << 16);
+}
+
+inline VF load(const Half* p, All) {
+#if defined(__AVX512F__)
+  return (VF)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (VF)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  VS bits;
+  std::memcpy(&bits, p, sizeof bits);
+  const VU x = __builtin_convertvector(bits, VU);
+  // The exponent moves from bias 15 to 127 by a multiplication, which normalises subnormals too.
+  const VF magnitude = (VF)((x & 0x7fff) << 13) * 0x1p112f;
+  const VU special = (VU)((x & 0x7c00) == 0x7c00) & 0x7f800000;
+  return (VF)((VU)magnitude | special | (x & 0x8000) << 16);
+#endif
+}
+
+inline void store(float* p, VF x, All) { std::memcpy(p, &x, sizeof x); }
+inline void store(double* p, VD x, All) { std::memcpy(p, &x, sizeof x); }
+
+inline void store(BFloat16* p, VF x, All) {
+#if defined(__AVX512BF16__)
+  const auto bits = _mm512_cvtneps_pbh((__m512)x);
+#else
+  const VU u = (VU)x;
+  const VU nearest_even = u + 0x7fff + (u >> 16 & 1);
+  const VU is_nan = (VU)(x != x);
+  const VS bits = __builtin_convertvector((nearest_even & ~is_nan | is_nan & 0x7fc00000) >> 16, VS);
+#endif
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+inline void store(Half* p, VF x, All) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const VU sign = (VU)x & 0x80000000;
+  const VU u = (VU)x ^ sign;
+  // Adding 2^-1 to a subnormal leaves its rounded bits in the lowest places of the sum.
+  const VU subnormal = (VU)((VF)u + 0.5f) - 0x3f000000;
+  const VU normal = (u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13;
+  const VU is_small = (VU)(u < 0x38800000), is_huge = (VU)(u >= 0x47800000);
+  const VU is_nan = (VU)(u > 0x7f800000);
+  VU bits = subnormal & is_small | normal & ~is_small;
+  bits = bits & ~is_huge | 0x7c00 & is_huge | 0x200 & is_nan;
+  const VS narrow = __builtin_convertvector(bits | sign >> 16, VS);
+  std::memcpy(p, &narrow, sizeof narrow);
+#endif
+}
+
+template <class T>
+inline Vector<T> load(const T* p, Some some) {
+  T whole[lanes<Real<T>>] = {};
+  for (int i = 0; i < some.count; ++i) whole[i] = p[i];
+  return load(whole, All());
+}
+
+template <class T>
+inline void store(T* p, Vector<T> x, Some some) {
+  T whole[lanes<Real<T>>];
+  store(whole, x, All());
+  for (int i = 0; i < some.count; ++i) p[i] = whole[i];
+}
+
+// x with 0 where nothing is.
+inline VF only(VF x, All) { return x; }
+inline VD only(VD x, All) { return x; }
+
+template <class V>
+inline V only(V x, Some some) {
+  for (int i = some.count; i < int(sizeof(V) / sizeof(x[0])); ++i) x[i] = 0;
+  return x;
+}
+
+// Calls body(i, All()) for each whole vector in 0..count and body(i, Some{...}) for what is left.
+template <class R, class Body>
+inline void each_vector(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + lanes<R> <= count; i += lanes<R>) body(i, All());
+  if (i < count) body(i, Some{int(count - i)});
+}
+
+// Where x is NaN both return it.
+inline VF at_most(VF x, float limit) {
+#if defined(__AVX512F__)
+  return (VF)_mm512_min_ps(_mm512_set1_ps(limit), (__m512)x);
+#elif defined(__AVX__)
+  return (VF)_mm256_min_ps(_mm256_set1_ps(limit), (__m256)x);
+#elif defined(__SSE2__)
+  return (VF)_mm_min_ps(_mm_set1_ps(limit), (__m128)x);
+#else
+  return x > limit ? limit : x;
+#endif
+}
+
+inline VF at_least(VF x, float limit) { return -at_most(-x, -limit); }
+
+// 1 + exp(-z); relative error 1e-7, or 1e-4 where `rough`. Minimax polynomials for the relative
+// error on [-ln(2) / 2, ln(2) / 2], by Remez' algorithm.
+template <bool rough>
+inline VF one_plus_exp_of_minus(VF z) {
+  z = at_most(z, 80.0f);
+#if defined(__AVX512F__)
+  // Far below 0 the scaling overflows to infinity, whatever the polynomial gives there.
+  const VF n = (VF)_mm512_roundscale_ps((__m512)(z * -1.44269504f), _MM_FROUND_TO_NEAREST_INT);
+#else
+  z = at_least(z, -80.0f);
+  const VF shifted = z * -1.44269504f + 0x1.8p23f;  // rounds to an integer, kept in the low bits
+  const VF n = shifted - 0x1.8p23f;
+#endif
+  const VF r = -z - n * 0.693147181f;
+  VF p;
+  if constexpr (rough) {
+    p = ((0.1656684235f * r + 0.5049632642f) * r + 1.000164186f) * r + 0.9999280735f;
+  } else {
+    p = (0.008297655198f * r + 0.04191538198f) * r + 0.1666757473f;
+    p = ((p * r + 0.4999889485f) * r + 0.999999692f) * r + 1.000000072f;
+  }
+#if defined(__AVX512F__)
+  return (VF)_mm512_scalef_ps((__m512)p, (__m512)n) + 1.0f;
+#else
+  return (VF)((VU)p + ((VU)shifted << 23)) + 1.0f;
+#endif
+}
+
+template <bool rough>
+inline VF quotient(VF x, VF d) {
+#if defined(__AVX512F__)
+  if constexpr (rough) return x * (VF)_mm512_rcp14_ps((__m512)d);
+#endif
+  return x / d;
+}
+
+template <bool rough>
+inline VD one_plus_exp_of_minus(VD z) {
+  for (int i = 0; i < lanes<double>; ++i) z[i] = 1.0 + __builtin_exp(-z[i]);
+  return z;
+}
+
+template <bool rough>
+inline VD quotient(VD x, VD d) {
+  return x / d;
+}
+
+inline float sum(VF x) {
+  for (int step = lanes<float> / 2; step > 0; step /= 2) {
+    VI partner;
+    for (int i = 0; i < lanes<float>; ++i) partner[i] = i ^ step;
+    x += __builtin_shuffle(x, partner);
+  }
+  return x[0];
+}
+
+inline double sum(VD x) {
+  double total = 0;
+  for (int i = 0; i < lanes<double>; ++i) total += x[i];
+  return total;
+}
+
+}  // namespace ddb_fast::DDB_LEVEL
