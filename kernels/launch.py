@@ -1,0 +1,82 @@
+"""Launching Triton kernels, or writing down what would be launched.
+
+Inside `recording()` nothing runs: a launcher called with meta tensors yields the exact kernels,
+signatures and configurations that it would launch on a GPU. The ahead-of-time gate compiles those.
+"""
+
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from .interpreter import correct
+
+    correct()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: `arguments` in the kernel's order, `constants` are its constexprs."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Tensor | int | float | None]
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("ddb_fast_launches", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect the launches of this context instead of running them."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    arguments: Mapping[str, Tensor | int | float | None],
+    constants: Mapping[str, Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 1,
+) -> None:
+    """Run kernel[grid] on the device of its tensors; a tensor that is None becomes a constant."""
+    launches = _recorded.get()
+    if launches is not None:
+        launches.append(Launch(kernel, tuple(grid), arguments, constants, num_warps, num_stages))
+        return
+    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        # Triton launches on the current device, whatever the tensors' own.
+        with torch.cuda.device(device):
+            kernel[tuple(grid)](
+                **arguments, **constants, num_warps=num_warps, num_stages=num_stages
+            )
+    else:
+        kernel[tuple(grid)](**arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side; 132, an H100's, where the device does not say."""
+    return _multiprocessors(device.index) if device.type == "cuda" else 132
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

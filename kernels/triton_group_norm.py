@@ -1,0 +1,348 @@
+"""Triton's fused group norm: which kernels run with which blocks, and their launch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference, tuned
+from . import triton_group_norm_backward as backward_kernels
+from . import triton_group_norm_forward as forward_kernels
+from .fused_group_norm import Fused, Gradients, group_norm_with, register
+from .launch import launch, multiprocessors
+
+# The widest slab of whole groups one program takes; wider groups are split.
+MAX_SLAB = 512
+# One program combines all channels of a group, in the split regime.
+MAX_GROUP = 8192
+
+
+def why_not(x: Tensor, num_groups: int) -> list[str]:
+    """List what the kernels cannot do for these arguments, wherever x lies."""
+    reasons = []
+    if x.dtype == torch.float64:
+        reasons.append("the kernels compute in fp32, x is fp64")
+    if x.numel() > 0 and x[0].numel() >= 2**31:
+        reasons.append(f"offsets within a sample are 32 bits wide, it has {x[0].numel()} elements")
+    if x.shape[1] // num_groups > MAX_GROUP:
+        reasons.append(f"a group has more than {MAX_GROUP} channels: {x.shape[1] // num_groups}")
+    return reasons
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one tensor is cut up; `splits` 0 is the fused regime."""
+
+    slab_groups: int
+    slabs: int
+    splits: int
+    chunk: int
+    one_tile: bool
+    block_p: int
+    block_c: int
+    num_warps: int
+
+
+def plan(x: Tensor, num_groups: int, *, backward: bool, dropout: bool) -> Plan:
+    """Choose regime, blocks and warps for x (N, C, H, W).
+
+    A slab is at least 64 bytes of channels wide in whole 16-byte vectors. It stays in registers if
+    it fits; else few large programs run side by side, so that what they read twice fits in L2.
+    """
+    n, c, h, w = x.shape
+    hw, group = h * w, c // num_groups
+    size = x.element_size()
+    vector = math.gcd(c, 16 // size)
+    channels_last = _is_channels_last(x)
+    slab_groups = num_groups
+    for count in range(1, num_groups):
+        width = count * group
+        wide_enough = width * size >= 64 or (not channels_last and width * hw * size >= 4096)
+        # Dropout draws for whole blocks of eight channels.
+        if wide_enough and width % (8 if dropout else vector) == 0:
+            slab_groups = count
+            break
+    slab = slab_groups * group
+    slabs = -(-num_groups // slab_groups)
+    block_c = max(8, _power_of_two(slab))
+    target = 2 * multiprocessors(x.device)
+
+    registers = 4096 if backward else 8192
+    one_tile = _power_of_two(hw) * block_c <= registers
+    split = slab > MAX_SLAB or (n * slabs < target and not one_tile)
+    asked = tuned.configuration("group_norm", x.device, _key(x, num_groups, backward)) or {}
+    if asked.get("split", split) and (hw > 1 or slab > MAX_SLAB):
+        return _split_plan(n, c, hw, size, channels_last, target, asked)
+    if one_tile:
+        block_p = _power_of_two(hw)
+        warps = min(8, max(1, block_p * block_c // 1024))
+    else:
+        slab_bytes = hw * slab * size
+        warps = 16 if slab_bytes > 2**17 else 8 if slab_bytes > 2**15 else 4
+        warps = asked.get("num_warps", warps)
+        per_lane = asked.get("per_lane", 8 if backward else 16)
+        block_p = max(1, min(_power_of_two(hw), warps * 32 * per_lane // block_c))
+    return Plan(slab_groups, slabs, 0, hw, one_tile, block_p, block_c, warps)
+
+
+def _split_plan(
+    n: int,
+    c: int,
+    hw: int,
+    size: int,
+    channels_last: bool,
+    target: int,
+    asked: Mapping[str, int],
+) -> Plan:
+    block_c = min(max(8, _power_of_two(c)), (128 if channels_last else 32) // size)
+    warps = asked.get("num_warps", 4)
+    block_p = warps * 32 * asked.get("per_lane", 8) // block_c
+    block_p = min(max(16, block_p), max(16, _power_of_two(hw)))
+    slabs = -(-c // block_c)
+    # Twice the multiprocessors' worth of programs, but no chunk below one tile.
+    splits = max(1, min(-(-2 * target // max(1, n * slabs)), -(-hw // block_p)))
+    chunk = -(-hw // (splits * block_p)) * block_p
+    return Plan(0, slabs, -(-hw // chunk), chunk, False, block_p, block_c, warps)
+
+
+def _key(x: Tensor, num_groups: int, backward: bool) -> str:
+    name = tuned.group_norm_class(x.dtype, x.is_contiguous(), x.shape[1:], backward)
+    return f"{name}/{x.shape[1] // num_groups}"
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    # With one pixel both layouts are the same memory, whose fast axis is the channels'.
+    return not x.is_contiguous() or x.shape[2] * x.shape[3] == 1
+
+
+def _constants(x: Tensor, num_groups: int, cut: Plan) -> tuple[dict[str, int], dict[str, Any]]:
+    """What every kernel takes: (arguments, constants)."""
+    c, hw = x.shape[1], x.shape[2] * x.shape[3]
+    vec_c, vec_p = math.gcd(c, 8), math.gcd(hw, 8)
+    arguments = {"c_units": c // vec_c, "hw_units": hw // vec_p}
+    constants = {"VEC_C": vec_c, "VEC_P": vec_p, "CG": c // num_groups}
+    return arguments, constants
+
+
+def _row(x: Tensor | None) -> int:
+    return 0 if x is None or x.dim() == 1 else x.stride(0)
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    pre_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    seed: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    dropout_p: float,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(y, s or None, mean, rstd), see `fused_group_norm.Fused`."""
+    n = x.shape[0]
+    y = torch.empty_like(x)
+    total = torch.empty_like(x) if keep_sum else None
+    mean = x.new_empty((n, num_groups), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if n == 0:
+        return y, total, mean, rstd
+    cut = plan(x, num_groups, backward=False, dropout=seed is not None)
+    sizes, shared = _constants(x, num_groups, cut)
+    threshold, keep_scale = reference.dropout_constants(dropout_p)
+    layout = {"CHANNELS_LAST": _is_channels_last(x)}
+    tile = {"BLOCK_P": cut.block_p, "BLOCK_C": cut.block_c, **layout}
+    inputs = {"p_x": x, "p_residual": residual, "p_pre_bias": pre_bias}
+    affine = {"p_weight": weight, "p_bias": bias, "p_scale": scale, "p_shift": shift}
+    outputs = {"p_y": y, "p_sum": total, "p_mean": mean, "p_rstd": rstd}
+    pre_row = {"pre_bias_row": _row(pre_bias)}
+    rows = {**pre_row, "scale_row": _row(scale), "shift_row": _row(shift)}
+    slabs, groups = {"slabs": cut.slabs}, {"num_groups": num_groups}
+    dropout = {"threshold": threshold, "keep_scale": keep_scale}
+    if not cut.splits:
+        launch(
+            forward_kernels.forward_fused,
+            (n * cut.slabs,),
+            {**inputs, **affine, "p_seed": seed, **outputs, **rows, **sizes, **slabs, **groups,
+             "eps": eps, **dropout},
+            {**shared, **tile, "SLAB_GROUPS": cut.slab_groups,
+             "BLOCK_G": _power_of_two(cut.slab_groups), "SILU": silu, "ONE_TILE": cut.one_tile},
+            num_warps=cut.num_warps,
+        )  # fmt: skip
+        return y, total, mean, rstd
+
+    vectors = {name: shared[name] for name in ("VEC_C", "VEC_P")}
+    partial = mean.new_empty((n, cut.splits, 2, x.shape[1]))
+    grid, chunks = (n * cut.slabs, cut.splits), {"splits": cut.splits, "chunk": cut.chunk}
+    launch(
+        forward_kernels.forward_statistics,
+        grid,
+        {**inputs, "p_partial": partial, **pre_row, **sizes, **slabs, **chunks},
+        {**vectors, **tile},
+        num_warps=cut.num_warps,
+    )
+    launch(
+        forward_kernels.forward_groups,
+        (n * num_groups,),
+        {"p_partial": partial, "p_mean": mean, "p_rstd": rstd, **sizes, **chunks, **groups,
+         "eps": eps},
+        {**shared, "BLOCK_C": _power_of_two(shared["CG"])},
+        num_warps=_warps_of_a_group(shared["CG"]),
+    )  # fmt: skip
+    launch(
+        forward_kernels.forward_apply,
+        grid,
+        {**inputs, **affine, "p_seed": seed, **outputs, **rows, **sizes, **slabs, **groups,
+         "chunk": cut.chunk, **dropout},
+        {**shared, **tile, "SILU": silu},
+        num_warps=cut.num_warps,
+    )  # fmt: skip
+    return y, total, mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    d_sum: Tensor | None,
+    s: Tensor,
+    pre_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    seed: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    silu: bool,
+    dropout_p: float,
+    needs: tuple[bool, ...],
+) -> Gradients:
+    """Compute `Gradients`, see `fused_group_norm.Fused`."""
+    n, c = s.shape[:2]
+    need_pre_bias, need_weight, need_bias, need_scale, need_shift = needs
+
+    def per_sample(needed: bool) -> Tensor | None:
+        return mean.new_empty((n, c)) if needed else None
+
+    ds = torch.empty_like(s)
+    d_affine = mean.new_empty((2, n, c)) if need_weight or need_bias else None
+    d_pre_bias, d_scale, d_shift = map(per_sample, (need_pre_bias, need_scale, need_shift))
+    if n > 0:
+        _launch_backward(
+            dy, d_sum, s, pre_bias, weight, bias, scale, shift, seed, mean, rstd,
+            num_groups, silu, dropout_p, ds, d_pre_bias, d_affine, d_scale, d_shift,
+        )  # fmt: skip
+    d_weight, d_bias = (None, None) if d_affine is None else d_affine.sum(1).unbind(0)
+    return Gradients(
+        ds,
+        d_pre_bias,
+        d_weight if need_weight else None,
+        d_bias if need_bias else None,
+        d_scale,
+        d_shift,
+    )
+
+
+def _launch_backward(
+    dy: Tensor,
+    d_sum: Tensor | None,
+    s: Tensor,
+    pre_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    seed: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    silu: bool,
+    dropout_p: float,
+    ds: Tensor,
+    d_pre_bias: Tensor | None,
+    d_affine: Tensor | None,
+    d_scale: Tensor | None,
+    d_shift: Tensor | None,
+) -> None:
+    n = s.shape[0]
+    cut = plan(s, num_groups, backward=True, dropout=seed is not None)
+    sizes, shared = _constants(s, num_groups, cut)
+    threshold, keep_scale = reference.dropout_constants(dropout_p)
+    tile = {
+        "BLOCK_P": cut.block_p,
+        "BLOCK_C": cut.block_c,
+        "CHANNELS_LAST": _is_channels_last(s),
+    }
+    inputs = {
+        "p_dy": dy, "p_d_sum": d_sum, "p_s": s, "p_pre_bias": pre_bias, "p_weight": weight,
+        "p_bias": bias, "p_scale": scale, "p_shift": shift, "p_seed": seed, "p_mean": mean,
+        "p_rstd": rstd,
+    }  # fmt: skip
+    gradients = {
+        "p_d_pre_bias": d_pre_bias, "p_d_affine": d_affine, "p_d_scale": d_scale,
+        "p_d_shift": d_shift,
+    }  # fmt: skip
+    rows = {
+        "pre_bias_row": _row(pre_bias), "scale_row": _row(scale), "shift_row": _row(shift),
+    }  # fmt: skip
+    slabs, groups, samples = {"slabs": cut.slabs}, {"num_groups": num_groups}, {"samples": n}
+    dropout = {"threshold": threshold, "keep_scale": keep_scale}
+    if not cut.splits:
+        launch(
+            backward_kernels.backward_fused,
+            (n * cut.slabs,),
+            {**inputs, "p_ds": ds, **gradients, **rows, **samples, **sizes, **slabs, **groups,
+             **dropout},
+            {**shared, **tile, "SLAB_GROUPS": cut.slab_groups,
+             "BLOCK_G": _power_of_two(cut.slab_groups), "SILU": silu, "ONE_TILE": cut.one_tile},
+            num_warps=cut.num_warps,
+        )  # fmt: skip
+        return
+
+    partial = mean.new_empty((n, cut.splits, 4, s.shape[1]))
+    moments = mean.new_empty((n, num_groups, 2))
+    grid, splits = (n * cut.slabs, cut.splits), {"splits": cut.splits}
+    launch(
+        backward_kernels.backward_sums,
+        grid,
+        {**inputs, "p_partial": partial, **rows, **sizes, **slabs, **groups, **splits,
+         "chunk": cut.chunk, **dropout},
+        {**shared, **tile, "SILU": silu, "PRE_BIAS": d_pre_bias is not None},
+        num_warps=cut.num_warps,
+    )  # fmt: skip
+    launch(
+        backward_kernels.backward_groups,
+        (n * num_groups,),
+        {"p_partial": partial, "p_weight": weight, "p_bias": bias, "p_scale": scale,
+         "p_rstd": rstd, "p_moments": moments, **gradients, "scale_row": _row(scale),
+         **samples, **sizes, **splits, **groups},
+        {**shared, "BLOCK_C": _power_of_two(shared["CG"])},
+        num_warps=_warps_of_a_group(shared["CG"]),
+    )  # fmt: skip
+    launch(
+        backward_kernels.backward_apply,
+        grid,
+        {**inputs, "p_moments": moments, "p_ds": ds, **rows, **sizes, **slabs, **groups,
+         "chunk": cut.chunk, **dropout},
+        {**shared, **tile, "SILU": silu},
+        num_warps=cut.num_warps,
+    )  # fmt: skip
+
+
+def _warps_of_a_group(channels: int) -> int:
+    return min(8, max(1, channels // 256))
+
+
+fused = Fused(forward, backward)
+OPS = {"group_norm": group_norm_with(fused, register("triton", fused))}

@@ -1,0 +1,287 @@
+"""What only Triton's group norm has: regimes and their blocks, poisoned and fenced memory, the op.
+
+Every regime runs in the interpreter with blocks so small that it takes all its loops.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddb_fast.kernels import group_norm, reference, triton_backend
+from ddb_fast.kernels import launch as launching
+from ddb_fast.kernels import triton_group_norm as module
+
+if module_reasons := triton_backend.why_not("group_norm"):
+    pytest.skip("; ".join(module_reasons), allow_module_level=True)
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def fused_loop(cut, hw):
+    """Tiles of four pixels, so that even a small image takes several and a tail."""
+    return dataclasses.replace(cut, splits=0, one_tile=False, block_p=4, chunk=hw)
+
+
+def split(cut, hw):
+    """Chunks of two tiles of four pixels."""
+    return dataclasses.replace(cut, splits=-(-hw // 8), one_tile=False, block_p=4, chunk=8)
+
+
+@pytest.fixture(params=("one_tile", "fused_loop", "split"))
+def regime(request, monkeypatch):
+    """Force a regime on every call."""
+    usual = module.plan
+
+    def plan(x, num_groups, **options):
+        hw, c = x.shape[2] * x.shape[3], x.shape[1]
+        cut = usual(x, num_groups, **options)
+        assert not cut.splits and cut.one_tile, "small enough to be cut in any way"
+        if request.param == "one_tile":
+            return cut
+        if request.param == "fused_loop":
+            return fused_loop(cut, hw)
+        blocks = dataclasses.replace(cut, slab_groups=0, slabs=-(-c // 8), block_c=8)
+        return split(blocks, hw)
+
+    monkeypatch.setattr(module, "plan", plan)
+    return request.param
+
+
+def operands(n, c, h, w, layout, dtype=torch.float32):
+    x, residual = (torch.randn(n, c, h, w).to(dtype).contiguous(memory_format=layout) for _ in "xr")
+    vectors = {"weight": (c,), "bias": (c,), "pre_bias": (n, c), "scale": (n, c), "shift": (n, c)}
+    return {
+        "x": x,
+        **{name: torch.randn(size).to(dtype) for name, size in vectors.items()},
+        "residual": residual,
+    }
+
+
+def run(tensors, num_groups, backend, *, dropout_p=0.0, dtype=None, return_sum=True):
+    """y, the sum and every gradient, for a loss that weighs each element differently."""
+    tensors = {
+        name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in tensors.items()
+    }
+    options = {name: t for name, t in tensors.items() if name != "x"}
+    results = group_norm(
+        tensors["x"],
+        num_groups,
+        **options,
+        activation="silu",
+        dropout_p=dropout_p,
+        seed=torch.tensor(9),
+        return_sum=return_sum,
+        backend=backend,
+    )
+    results = results if return_sum else (results,)
+    weights = torch.linspace(-2, 3, tensors["x"].numel(), dtype=torch.float64).view(
+        results[0].shape
+    )
+    loss = sum((r.double() * weights.roll(i, 0)).sum() for i, r in enumerate(results))
+    return (*results, *torch.autograd.grad(loss, list(tensors.values())))
+
+
+def errors(actual, truth):
+    return [
+        ((a.double() - t).square().mean().sqrt() / t.square().mean().sqrt()).item()
+        for a, t in zip(actual, truth, strict=True)
+    ]
+
+
+@layouts
+@pytest.mark.parametrize(
+    ("shape", "num_groups"),
+    # The last is cut into slabs of two groups, of which the second is half empty.
+    (((2, 12, 7, 5), 4), ((3, 21, 3, 3), 1), ((1, 24, 4, 4), 8), ((2, 36, 3, 3), 3)),
+)
+@pytest.mark.parametrize("dropout_p", (0.0, 0.4))
+@pytest.mark.parametrize("residual", (False, True))
+def test_every_regime(regime, layout, shape, num_groups, dropout_p, residual):
+    tensors = operands(*shape, layout)
+    if not residual:
+        del tensors["residual"]
+    options = {"dropout_p": dropout_p, "return_sum": residual}
+    actual = run(tensors, num_groups, "triton", **options)
+    truth = run(tensors, num_groups, "reference", dtype=torch.float64, **options)
+    assert max(errors(actual, truth)) <= 2e-6
+
+
+@layouts
+def test_mean_of_a_thousand_deviations(regime, layout):
+    x = (torch.randn(2, 8, 9, 9) + 1000).contiguous(memory_format=layout)
+    y = group_norm(x, 2, backend="triton")
+    truth = torch.nn.functional.group_norm(x.double(), 2)
+    assert errors([y], [truth])[0] <= 1e-3
+
+
+@layouts
+def test_two_runs_are_bitwise_equal(regime, layout):
+    tensors = operands(2, 12, 7, 5, layout)
+    first, second = (run(tensors, 4, "triton", dropout_p=0.3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@layouts
+def test_nothing_unwritten_is_read_or_returned(regime, layout, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    tensors = operands(2, 12, 7, 5, layout)
+    expected = run(tensors, 4, "triton")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all(), "torch.empty must be poisoned here"
+        poisoned = run(tensors, 4, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(poisoned, expected, strict=True))
+
+
+@layouts
+def test_nothing_outside_is_read_or_written(regime, layout, monkeypatch):
+    """Every tensor of every launch lies between canaries, NaN or huge, for this one launch."""
+    fence = 64
+
+    def fenced(kernel, grid, arguments, constants, **options):
+        inside, buffers = {}, {}
+        for name, value in arguments.items():
+            if not isinstance(value, torch.Tensor):
+                inside[name] = value
+                continue
+            canary = float("nan") if value.is_floating_point() else 2**40 + 3
+            size = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+            buffer = torch.full((size + 2 * fence,), canary, dtype=value.dtype)
+            inside[name] = buffer.as_strided(value.shape, value.stride(), fence)
+            inside[name].copy_(value)
+            buffers[name] = buffer
+        launching.launch(kernel, grid, inside, constants, **options)
+        for name, buffer in buffers.items():
+            edges = torch.cat([buffer[:fence], buffer[-fence:]])
+            whole = edges.isnan() if edges.is_floating_point() else edges == 2**40 + 3
+            assert whole.all(), name
+            arguments[name].copy_(inside[name])
+
+    tensors = operands(2, 12, 7, 5, layout)
+    expected = run(tensors, 4, "triton", dropout_p=0.3)
+    monkeypatch.setattr(module, "launch", fenced)
+    actual = run(tensors, 4, "triton", dropout_p=0.3)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@layouts
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_half_precision_in_every_regime(regime, layout, dtype):
+    tensors = operands(2, 24, 6, 5, layout, dtype)
+    actual = run(tensors, 4, "triton")
+    truth = run(tensors, 4, "reference", dtype=torch.float64)
+    usual = run(tensors, 4, "torch")
+    for ours, theirs in zip(errors(actual, truth), errors(usual, truth), strict=True):
+        assert ours <= max(1.25 * theirs, 4e-3)
+
+
+def test_a_gradient_in_the_other_layout():
+    x = torch.randn(2, 8, 4, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    upstream = torch.randn(2, 8, 4, 6)
+    y = group_norm(x, 2, activation="silu", backend="triton")
+    actual = torch.autograd.grad(y, x, upstream)[0]
+    expected = torch.autograd.grad(
+        group_norm(x, 2, activation="silu", backend="reference"), x, upstream
+    )[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_rows_of_a_wider_projection():
+    """pre_bias, scale and shift as views of one product, without a copy."""
+    x, wide = torch.randn(3, 8, 4, 4), torch.randn(3, 40)
+    views = dict(zip(("pre_bias", "scale", "shift"), wide[:, 5:29].split(8, 1), strict=True))
+    y = group_norm(x, 2, **views, backend="triton")
+    torch.testing.assert_close(y, group_norm(x, 2, **views, backend="reference"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
+def test_the_registered_op(layout):
+    def draw(*size):
+        return torch.randn(size, requires_grad=True)
+
+    x, residual = (
+        torch.randn(2, 8, 4, 3).contiguous(memory_format=layout).requires_grad_() for _ in "xr"
+    )
+    vectors = (draw(2, 8), draw(8), draw(8), draw(2, 8), draw(2, 8))
+    for arguments in (
+        (x, None, None, None, None, None, None, None, 4, 1e-5, False, 0.0, False),
+        (x, residual, *vectors, torch.tensor(3), 4, 1e-5, True, 0.3, True),
+        (x, None, draw(8), *vectors[1:], None, 2, 1e-5, True, 0.0, True),
+    ):
+        torch.library.opcheck(torch.ops.ddb_fast.group_norm_triton.default, arguments)
+
+
+def test_refusals():
+    x = torch.randn(1, 4, 2, 2)
+    with pytest.raises(ValueError, match="fp32, x is fp64"):
+        group_norm(x.double(), 2, backend="triton")
+    with pytest.raises(ValueError, match="on meta"):
+        group_norm(x.to("meta"), 2, backend="triton")
+    wide = torch.empty(1, 8193, 1, 1)
+    with pytest.raises(ValueError, match="8193"):
+        group_norm(wide, 1, backend="triton")
+    huge = torch.empty(1, device="meta").expand(1, 2**15, 2**8, 2**8)
+    assert "2147483648" in module.why_not(huge, 32)[0]
+
+
+SHAPES = {
+    "n": st.sampled_from((1, 2, 16, 128)),
+    "group": st.sampled_from((1, 3, 4, 6, 7, 8, 12, 18, 21, 42, 48, 96, 700)),
+    "num_groups": st.sampled_from((1, 2, 3, 32)),
+    "size": st.sampled_from(((1, 1), (7, 5), (8, 8), (16, 16), (33, 20), (64, 64))),
+    "dtype": st.sampled_from((torch.float32, torch.bfloat16)),
+    "layout": st.sampled_from(LAYOUTS),
+    "backward": st.booleans(),
+    "dropout": st.booleans(),
+}
+
+
+@settings(max_examples=400, deadline=None)
+@given(**SHAPES)
+def test_a_plan_covers_everything_once(
+    n, group, num_groups, size, dtype, layout, backward, dropout
+):
+    c, hw = group * num_groups, math.prod(size)
+    x = torch.empty(n, c, *size, dtype=dtype, device="meta").contiguous(memory_format=layout)
+    cut = module.plan(x, num_groups, backward=backward, dropout=dropout)
+    for number in (cut.block_p, cut.block_c, cut.num_warps):
+        assert number >= 1 and number & (number - 1) == 0
+    assert cut.block_c >= 8 and cut.num_warps <= 16
+    assert cut.block_p * cut.block_c <= 16384
+    if cut.splits:
+        assert cut.slabs * cut.block_c >= c > (cut.slabs - 1) * cut.block_c
+        assert cut.splits * cut.chunk >= hw > (cut.splits - 1) * cut.chunk
+        assert cut.chunk % cut.block_p == 0
+        return
+    slab = cut.slab_groups * group
+    assert slab <= cut.block_c
+    assert cut.slabs * cut.slab_groups >= num_groups > (cut.slabs - 1) * cut.slab_groups
+    if cut.slabs > 1:
+        vector = math.gcd(c, 16 // dtype.itemsize)
+        assert slab % vector == 0, "slabs start on whole vectors"
+        assert not dropout or slab % 8 == 0, "dropout draws for blocks of eight channels"
+    assert not cut.one_tile or cut.block_p >= hw
+
+
+@layouts
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_recording_launches_nothing(layout, dtype):
+    x = torch.empty(2, 64, 96, 96, dtype=dtype, device="meta").contiguous(memory_format=layout)
+    with launching.recording() as launches:
+        module.forward(x, None, None, None, None, None, None, None, 32, 1e-5, True, 0.0, False)
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == ["forward_statistics", "forward_groups", "forward_apply"]
+    assert reference.layout(launches[2].arguments["p_y"]) == layout
