@@ -1,0 +1,434 @@
+"""Triton's attention: which kernels run with which blocks, their launch, and their registration.
+
+Eager calls go through a `torch.autograd.Function`; while torch.compile traces, through one
+`torch.library.custom_op` per direction. Both take q, k and v apart or, as `qkv`, packed as
+[3, H, D] in the last axis of one tensor, whose gradient the kernels then write in that form.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference, tuned
+from . import triton_attention_flash as flash
+from . import triton_attention_tile as tile
+from .launch import launch
+
+# Stands in for a scale of 0, so that a masked score times it is still -inf.
+_TINY = 2.0**-100
+# Tokens of the longest block, whose offsets are 32 bits wide.
+_LONGEST_BLOCK = 256
+
+
+def why_not(op: str, *arguments: Any) -> list[str]:
+    """List what the kernels cannot do for these arguments, wherever they lie."""
+    tensors = arguments[:1] if op == "attention_qkv" else arguments
+    reasons = []
+    if tensors[0].dtype == torch.float64:
+        reasons.append("the kernels compute in fp32, these tensors are fp64")
+    # Others are copied first, which leaves at most all heads between two tokens.
+    stride = max(x.stride(-2) if x.stride(-1) == 1 else 0 for x in tensors)
+    if stride * _LONGEST_BLOCK >= 2**31:
+        reasons.append(f"offsets in a block are 32 bits wide, tokens are {stride} elements apart")
+    return reasons
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one launch is cut up.
+
+    heads: how many (sample, head) pairs one tile holds; 0: the kernel walks over a long sequence.
+    chunk: columns that `backward_tile` takes at a time.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 1
+    heads: int = 0
+    chunk: int = 0
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_blocks(
+    dtype: torch.dtype, queries: int, keys: int, head_dim: int, device: torch.device
+) -> Blocks:
+    """Choose kernel and blocks; those of half precision do not spill on sm_80 to sm_100.
+
+    Sequences of at most 32 tokens share a tile of 64. Longer ones are taken whole where the keys
+    and values of a head lie on chip beside their scores, else the kernel walks over them.
+    """
+    half, d = dtype.itemsize == 2, _block_d(head_dim)
+    heads, tile_m, tile_n = _tile(queries, keys)
+    if max(queries, keys) <= 64:
+        usual = Blocks(tile_m, tile_n, 4 if half else 8, heads=heads)
+    elif half and tile_n <= 128 and tile_n * d <= 2**14:
+        usual = Blocks(min(64, tile_m), tile_n, 4, heads=1)
+    elif half:
+        # The accumulator of 128 queries and 256 columns does not fit in registers.
+        usual = Blocks(64 if d > 128 else 128, 64, 8 if d > 64 else 4, 2)
+    else:
+        usual = Blocks(32 if d > 64 else 64, 32, 8)
+    return _configured("attention_forward", dtype, queries, keys, head_dim, device, usual)
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_blocks(
+    dtype: torch.dtype, queries: int, keys: int, head_dim: int, device: torch.device
+) -> tuple[Blocks, Blocks]:
+    """Choose kernels and blocks for dq, and for dk and dv; see `forward_blocks`.
+
+    The two are the same where one tile holds a head and one kernel computes all three.
+    """
+    half, d = dtype.itemsize == 2, _block_d(head_dim)
+    heads, tile_m, tile_n = _tile(queries, keys)
+    case = (dtype, queries, keys, head_dim, device)
+    if max(queries, keys) <= 64:
+        chunk = d if half and d <= 64 else min(d, 32)
+        usual = Blocks(tile_m, tile_n, 4 if half else 8, heads=heads, chunk=chunk)
+        blocks = _configured("attention_backward", *case, usual)
+        return blocks, blocks
+    if not half:
+        of_queries, of_keys = Blocks(32, 16, 8), Blocks(16, 32, 8)
+    elif d > 128:
+        of_queries, of_keys = Blocks(64, 32, 8, 2), Blocks(64, 32, 8)
+    elif d > 64:
+        of_queries, of_keys = Blocks(64, 64, 4), Blocks(64, 64, 8)
+    elif d > 16:
+        of_queries, of_keys = Blocks(128, 64, 8), Blocks(32, 64, 4)
+    else:
+        # Every thread moves at least 16 bytes of each operand.
+        of_queries = of_keys = Blocks(64, 64, 4)
+    return (
+        _configured("attention_backward_queries", *case, of_queries),
+        _configured("attention_backward_keys", *case, of_keys),
+    )
+
+
+def _tile(queries: int, keys: int) -> tuple[int, int, int]:
+    """How many heads share a tile, and its rows and columns: at least the 16 of a product."""
+    m, n = _power_of_two(queries), _power_of_two(keys)
+    heads = max(1, 64 // max(m, n))
+    return heads, max(16, m * heads), max(16, n * heads)
+
+
+def _configured(
+    kernel: str,
+    dtype: torch.dtype,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    device: torch.device,
+    usual: Blocks,
+) -> Blocks:
+    """Replace what was measured to be better; the size of a tile is not a matter of speed."""
+    key = tuned.attention_class(dtype, max(queries, keys), head_dim, kernel != "attention_forward")
+    asked = tuned.configuration(kernel, device, key)
+    if asked is None:
+        return usual
+    free = ("num_warps", "num_stages") if usual.heads else [f.name for f in fields(Blocks)]
+    return replace(usual, **{name: asked[name] for name in free if name in asked})
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _block_d(head_dim: int) -> int:
+    # A product needs at least 16 columns.
+    return max(16, _power_of_two(head_dim))
+
+
+def _strides(vec: int, **tensors: Tensor) -> dict[str, int]:
+    """Strides of sample, head and token in units of `vec` elements, as the kernels take them."""
+    return {
+        f"{name}_{axis}": stride // vec
+        for name, x in tensors.items()
+        for axis, stride in zip("bhs", x.stride()[:3], strict=True)
+    }
+
+
+def _vec(*tensors: Tensor) -> int:
+    """Elements, at most 8, that every row of every tensor is a multiple of."""
+    return math.gcd(8, tensors[0].shape[3], *(s for x in tensors for s in x.stride()[:3]))
+
+
+def _empty(b: int, h: int, s: int, d: int, like: Tensor) -> Tensor:
+    """Make an empty (b, h, s, d), in memory (b, s, h, d) if `like` has tokens outside of heads."""
+    if like.stride(2) > like.stride(1):
+        return like.new_empty((b, s, h, d)).transpose(1, 2)
+    return like.new_empty((b, h, s, d))
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    # Three products of tf32 parts: fp32 on tensor cores. Triton's default would be one.
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def _scales(scale: float) -> dict[str, float]:
+    log2 = scale * math.log2(math.e)
+    return {"scale": scale, "scale_log2": log2 if log2 != 0 else _TINY}
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Compute o and lse, see `triton_attention_tile`.
+
+    q (B, H, S, D), k and v (B, H, S', D), stride 1 in D. o lies in memory like q: heads outside of
+    tokens or inside. lse (B, H, S), fp32, is the log2 of the sum of a row's exponentials.
+    """
+    b, h, s, d = q.shape
+    o = _empty(b, h, s, d, q)
+    lse = q.new_empty((b, h, s), dtype=torch.float32)
+    if b * h == 0:
+        return o, lse
+    keys = k.shape[2]
+    blocks = forward_blocks(q.dtype, s, keys, d, q.device)
+    vec = _vec(q, k, v, o)
+    arguments = {
+        "p_q": q, "p_k": k, "p_v": v, "p_o": o, "p_lse": lse,
+        **_strides(vec, q=q, k=k, v=v, o=o),
+    }  # fmt: skip
+    sizes = {"num_heads": h, "queries": s, "keys": keys}
+    # The maximum is taken before the scale is applied.
+    last = {"scale_log2": abs(_scales(scale)["scale_log2"])}
+    constants = {
+        "D": d,
+        "VEC": vec,
+        "BLOCK_M": blocks.block_m,
+        "BLOCK_N": blocks.block_n,
+        "BLOCK_D": _block_d(d),
+        "NEGATIVE": scale < 0,
+        "MASKED": blocks.heads > 1 or keys % blocks.block_n != 0,
+        "PRECISION": _precision(q.dtype),
+    }
+    how = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    if blocks.heads:
+        programs = (
+            -(-b * h // blocks.heads) if blocks.heads > 1 else b * h * -(-s // blocks.block_m)
+        )
+        launch(
+            tile.forward_tile,
+            (programs,),
+            {**arguments, "sequences": b * h, **sizes, **last},
+            {**constants, "HEADS": blocks.heads},
+            **how,
+        )
+    else:
+        launch(
+            flash.forward_flash,
+            (b * h * -(-s // blocks.block_m),),
+            {**arguments, **sizes, **last},
+            constants,
+            **how,
+        )
+    return o, lse
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    gradients: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute dq, dk and dv, each in memory like its operand, or in the tensors `gradients`.
+
+    do like o with any strides but 1 in D; dk and dv of `gradients` have the same strides.
+    """
+    b, h, s, d = q.shape
+    keys = k.shape[2]
+    if gradients is None:
+        gradients = (_empty(b, h, s, d, q), _empty(b, h, keys, d, k), _empty(b, h, keys, d, k))
+    dq, dk, dv = gradients
+    if b * h == 0:
+        return dq, dk, dv
+    of_queries, of_keys = backward_blocks(q.dtype, s, keys, d, q.device)
+    vec = _vec(q, k, v, o, do, dq, dk)
+    inputs = {"p_q": q, "p_k": k, "p_v": v, "p_do": do, "p_lse": lse}
+    strides = _strides(vec, q=q, k=k, v=v, do=do)
+    sizes = {"num_heads": h, "queries": s, "keys": keys, **_scales(scale)}
+
+    def constants(blocks: Blocks, masked: bool) -> dict[str, Any]:
+        return {
+            "D": d,
+            "VEC": vec,
+            "BLOCK_M": blocks.block_m,
+            "BLOCK_N": blocks.block_n,
+            "BLOCK_D": _block_d(d),
+            "MASKED": masked,
+            "PRECISION": _precision(q.dtype),
+        }
+
+    if of_queries.heads:
+        masked = of_queries.heads > 1 or keys != of_queries.block_n
+        launch(
+            tile.backward_tile,
+            (-(-b * h // of_queries.heads),),
+            {**inputs, "p_dq": dq, "p_dk": dk, "p_dv": dv, **strides,
+             **_strides(vec, dq=dq, dk=dk), "sequences": b * h, **sizes},
+            {**constants(of_queries, masked), "HEADS": of_queries.heads,
+             "CHUNK": of_queries.chunk},
+            num_warps=of_queries.num_warps,
+            num_stages=of_queries.num_stages,
+        )  # fmt: skip
+        return dq, dk, dv
+
+    delta = torch.empty_like(lse)
+    launch(
+        flash.backward_queries,
+        (b * h * -(-s // of_queries.block_m),),
+        {**inputs, "p_o": o, "p_delta": delta, "p_dq": dq, **strides,
+         **_strides(vec, o=o, dq=dq), **sizes},
+        constants(of_queries, keys % of_queries.block_n != 0),
+        num_warps=of_queries.num_warps,
+        num_stages=of_queries.num_stages,
+    )  # fmt: skip
+    launch(
+        flash.backward_keys,
+        (b * h * -(-keys // of_keys.block_n),),
+        {**inputs, "p_delta": delta, "p_dk": dk, "p_dv": dv, **strides,
+         **_strides(vec, dk=dk), **sizes},
+        constants(of_keys, keys % of_keys.block_n != 0),
+        num_warps=of_keys.num_warps,
+        num_stages=of_keys.num_stages,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+# What autograd and the compiler see: q is the packed tensor and k and v are absent, or all three
+# are given and num_heads is 0.
+
+
+def _apart(q: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int) -> tuple[Tensor, ...]:
+    if k is None:
+        return reference.unpack(q, num_heads)
+    return q, k, v
+
+
+def _forward(
+    q: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return forward(*map(_dense, _apart(q, k, v, num_heads)), scale)
+
+
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    operands = (*map(_dense, _apart(q, k, v, num_heads)), o, lse, scale)
+    if k is not None:
+        return backward(_dense(do), *operands)
+    d_qkv = q.new_empty(q.shape)
+    backward(_dense(do), *operands, reference.unpack(d_qkv, num_heads))
+    return d_qkv, None, None
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int, scale: float
+    ) -> Tensor:
+        o, lse = _forward(q, k, v, num_heads, scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.num_heads, ctx.scale = num_heads, scale
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> Any:
+        return (*_backward(do, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None)
+
+
+@torch.library.custom_op("ddb_fast::attention_triton", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _forward(q, k, v, num_heads, scale)
+
+
+@_forward_op.register_fake
+def _(q, k, v, num_heads, scale):
+    q = _dense(_apart(q, k, v, num_heads)[0])
+    return _empty(*q.shape, q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("ddb_fast::attention_triton_backward", mutates_args=())
+def _backward_op(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _backward(do, q, k, v, o, lse, num_heads, scale)
+    return dq, q.new_empty(0) if dk is None else dk, q.new_empty(0) if dv is None else dv
+
+
+@_backward_op.register_fake
+def _(do, q, k, v, o, lse, num_heads, scale):
+    if k is None:
+        return q.new_empty(q.shape), q.new_empty(0), q.new_empty(0)
+    q, k = _dense(q), _dense(k)
+    return _empty(*q.shape, q), _empty(*k.shape, k), _empty(*k.shape, k)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.num_heads, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _run_backward(ctx: Any, do: Tensor, _: Tensor | None) -> Any:
+    grads = _backward_op(do, *ctx.saved_tensors, ctx.num_heads, ctx.scale)
+    if ctx.num_heads:
+        grads = (grads[0], None, None)
+    return (*grads, None, None)
+
+
+_forward_op.register_autograd(_run_backward, setup_context=_setup_context)
+
+
+def _attention(
+    q: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int, scale: float
+) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _forward_op(q, k, v, num_heads, scale)[0]
+    if torch.is_grad_enabled():
+        return _Function.apply(q, k, v, num_heads, scale)
+    return _forward(q, k, v, num_heads, scale)[0]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
+    """softmax(q k^T * scale) v, see `ops.attention`."""
+    return _attention(q, k, v, 0, q.shape[3] ** -0.5 if scale is None else scale)
+
+
+def attention_qkv(qkv: Tensor, num_heads: int, *, scale: float | None) -> Tensor:
+    """Attention on a packed (B, S, 3 * H * D) projection; returns (B, S, H * D)."""
+    if scale is None:
+        scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
+    return reference.pack(_attention(qkv, None, None, num_heads, scale))
+
+
+OPS = {"attention": attention, "attention_qkv": attention_qkv}
