@@ -1,0 +1,204 @@
+"""The forwards and the attention processor that `optimize` puts in the place of other people's.
+
+Each looks again at every call whether it still may do several modules' work in one op: if a norm or
+an activation has since got a hook or been exchanged, the class's own forward runs. Sub-modules are
+called as modules, so that their hooks, adapters and offloading work as before.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .ops import MAX_HEAD_DIM, attention, attention_qkv, group_norm
+
+
+def norm(self: nn.GroupNorm, input: Tensor, **fused: Any) -> Tensor:
+    """nn.GroupNorm; `fused` are keywords of `group_norm`, from the forwards below."""
+    return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **fused)
+
+
+def norm_silu(self: nn.GroupNorm, input: Tensor) -> Tensor:
+    """nn.GroupNorm, then SiLU."""
+    return norm(self, input, activation="silu")
+
+
+def sequential(self: nn.Sequential, input: Tensor) -> Tensor:
+    """nn.Sequential with each group norm and the SiLU that follows it in one op."""
+    layers = list(self)
+    while layers:
+        layer = layers.pop(0)
+        if layers and _fuses(layer, layers[0]):
+            layers.pop(0)
+            input = layer(input, activation="silu")
+        else:
+            input = layer(input)
+    return input
+
+
+def resnet_block(
+    self: nn.Module, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """ResnetBlock2D of diffusers; further arguments are deprecated there, theirs says so."""
+    fuses = _fuses(self.norm1, self.nonlinearity) and _fuses(
+        self.norm2, self.nonlinearity, self.dropout
+    )
+    if args or kwargs or not fuses:
+        return type(self).forward(self, input_tensor, temb, *args, **kwargs)
+
+    x, h = input_tensor, self.norm1(input_tensor, activation="silu")
+    if self.upsample is not None:
+        if h.shape[0] >= 64:  # torch's channels_last upsampling fails on large tensors
+            x, h = x.contiguous(), h.contiguous()
+        x, h = self.upsample(x), self.upsample(h)
+    elif self.downsample is not None:
+        x, h = self.downsample(x), self.downsample(h)
+    h = self.conv1(h)
+
+    fused: dict[str, Any] = {"activation": "silu", "dropout_p": _probability(self.dropout)}
+    kind = self.time_embedding_norm
+    if self.time_emb_proj is not None and kind in ("default", "scale_shift"):
+        temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        fused |= _embedding(temb, h, kind == "scale_shift")
+    elif temb is not None and kind == "default":
+        h = h + temb
+    h = self.conv2(self.norm2(h, **fused))
+
+    # Theirs makes x contiguous first when training, a copy of every channels_last input.
+    x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+    y = x + h
+    return y if self.output_scale_factor == 1 else y / self.output_scale_factor
+
+
+def res_block(self: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+    """ResBlock of guided-diffusion: (N, C, *spatial) and (N, E)."""
+    sequences = self.in_layers, self.out_layers
+    (norm1, silu1, conv1), (norm2, silu2, dropout, conv2) = sequences
+    if not (_fuses(norm1, silu1) and _fuses(norm2, silu2, dropout)) or hooked(*sequences):
+        # The checkpointed half of their forward, where there is one.
+        cls = type(self)
+        return getattr(cls, "_forward", cls.forward)(self, x, emb)
+
+    h = norm1(x, activation="silu")
+    if getattr(self, "updown", False):
+        h, x = self.h_upd(h), self.x_upd(x)
+    h = conv1(h)
+    h = norm2(
+        h,
+        **_embedding(self.emb_layers(emb), h, self.use_scale_shift_norm),
+        activation="silu",
+        dropout_p=_probability(dropout),
+    )
+    return self.skip_connection(x) + conv2(h)
+
+
+def qkv_attention(self: nn.Module, qkv: Tensor) -> Tensor:
+    """QKVAttention of guided-diffusion: (N, 3 * H * D, T), packed [3, H, D], -> (N, H * D, T)."""
+    if qkv.shape[1] // (3 * self.n_heads) > MAX_HEAD_DIM:
+        return type(self).forward(self, qkv)
+    return attention_qkv(qkv.mT.contiguous(), self.n_heads).mT
+
+
+def qkv_attention_legacy(self: nn.Module, qkv: Tensor) -> Tensor:
+    """QKVAttentionLegacy of guided-diffusion: the same, packed [H, 3, D]."""
+    if qkv.shape[1] // (3 * self.n_heads) > MAX_HEAD_DIM:
+        return type(self).forward(self, qkv)
+    heads = qkv.mT.contiguous().unflatten(2, (self.n_heads, 3, -1))
+    q, k, v = heads.permute(3, 0, 2, 1, 4).unbind(0)
+    return attention(q, k, v).transpose(1, 2).flatten(2).mT
+
+
+class KernelAttnProcessor:
+    """AttnProcessor2_0 of diffusers with this package's attention; `owner` is what it replaced.
+
+    A call with a mask, or with arguments that are deprecated there, goes to the owner.
+    """
+
+    def __init__(self, owner: Callable[..., Tensor]):
+        self.owner = owner
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        if attention_mask is not None or args or kwargs.get("scale") is not None:
+            return self.owner(
+                attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
+            )
+        is_image = hidden_states.dim() == 4
+        tokens = hidden_states.flatten(2).mT if is_image else hidden_states
+        if attn.group_norm is not None:
+            tokens = attn.group_norm(tokens.mT).mT
+        tokens = tokens.contiguous()  # of an image that is not channels_last: once, not thrice
+        context = tokens if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            projection(source).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for projection, source in (
+                (attn.to_q, tokens),
+                (attn.to_k, context),
+                (attn.to_v, context),
+            )
+        )
+        o = attention(q, k, v).transpose(1, 2).flatten(2)
+        o = attn.to_out[1](attn.to_out[0](o))
+        if is_image:
+            o = o.mT.unflatten(2, hidden_states.shape[2:])
+        if attn.residual_connection:
+            o = hidden_states + o  # in this order the sum has the layout of the input
+        return o if attn.rescale_output_factor == 1 else o / attn.rescale_output_factor
+
+
+def installed(module: nn.Module, method: str = "forward") -> bool:
+    """Tell whether the module's method is one of this file's."""
+    return getattr(vars(module).get(method), "func", None) in _FORWARDS
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Tell whether any module has a forward or backward hook of any kind."""
+    return any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        for module in modules
+    )
+
+
+_FORWARDS = (
+    norm,
+    norm_silu,
+    sequential,
+    resnet_block,
+    res_block,
+    qkv_attention,
+    qkv_attention_legacy,
+)
+
+
+def _fuses(layer: nn.Module, activation: nn.Module, dropout: nn.Module | None = None) -> bool:
+    swallowed = (activation,) if dropout is None else (activation, dropout)
+    return (
+        getattr(vars(layer).get("forward"), "func", None) is norm
+        and type(activation) is nn.SiLU
+        and (dropout is None or type(dropout) is nn.Dropout)
+        and not hooked(layer, *swallowed)
+    )
+
+
+def _probability(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
+
+
+def _embedding(emb: Tensor, h: Tensor, scaled_and_shifted: bool) -> dict[str, Tensor]:
+    """Turn a projected embedding, (N or 1, C or 2 * C), into what the norm of h takes."""
+    emb = emb.to(h.dtype).expand(h.shape[0], -1)
+    if not scaled_and_shifted:
+        return {"pre_bias": emb}
+    scale, shift = emb.chunk(2, dim=1)
+    return {"scale": scale, "shift": shift}

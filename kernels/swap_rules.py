@@ -1,0 +1,395 @@
+"""How `optimize` recognises a module, one rule for each kind, and judges whether it may be swapped.
+
+A module is known by the names of its classes, by its attributes and by what the code of its forward
+reads and computes, so no library is imported, and a version or a copy that computes something else
+is left alone.
+
+Sources: Hugging Face diffusers (`models/resnet.py`, `models/attention_processor.py`); Dhariwal and
+Nichol 2021, guided-diffusion (`unet.py`, `nn.py`), which latent-diffusion took over.
+"""
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from . import swap_forwards as forwards
+from .ops import MAX_HEAD_DIM
+
+NORM = "group norm"
+CHAIN = "group norm + SiLU"
+ATTENTION = "attention"
+ALREADY = "already optimised"
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# What the forwards that we replace read of their module; whatever else they read, we do not know.
+_RESNET_READS = _names(
+    "norm1 nonlinearity upsample downsample conv1 time_emb_proj skip_time_act time_embedding_norm "
+    "norm2 dropout conv2 conv_shortcut training output_scale_factor"
+)
+_PROCESSOR_READS = _names(
+    "spatial_norm prepare_attention_mask heads group_norm to_q to_k to_v norm_q norm_k norm_cross "
+    "norm_encoder_hidden_states to_out residual_connection rescale_output_factor"
+)
+_RES_BLOCK_READS = _names("in_layers emb_layers use_scale_shift_norm out_layers skip_connection")
+_RES_BLOCK_RESAMPLES = _names("updown h_upd x_upd")
+
+# Their arithmetic, all of it, as `ast.unparse` writes it.
+_RESNET_COMPUTES = {
+    "hidden_states + temb",
+    "hidden_states * (1 + time_scale) + time_shift",
+    "(input_tensor + hidden_states) / self.output_scale_factor",
+}
+_PROCESSOR_COMPUTES = {
+    "height * width",
+    "inner_dim // attn.heads",
+    "attn.heads * head_dim",
+    "hidden_states + residual",
+    "hidden_states / attn.rescale_output_factor",
+}
+_RES_BLOCK_COMPUTES = {
+    "h + emb_out",
+    "out_norm(h) * (1 + scale) + shift",
+    "self.skip_connection(x) + h",
+}
+_QKV_COMPUTES = {
+    "width % (3 * self.n_heads)",
+    "width // (3 * self.n_heads)",
+    "bs * self.n_heads",
+    "1 / math.sqrt(math.sqrt(ch))",
+    "q * scale",
+    "k * scale",
+}
+_QKV = {
+    "QKVAttentionLegacy": (forwards.qkv_attention_legacy, _QKV_COMPUTES | {"ch * 3"}),
+    "QKVAttention": (forwards.qkv_attention, _QKV_COMPUTES),
+}
+_HEAD = re.compile(r"(\w+) = self\.conv_norm_out\(\1\)\n\1 = self\.conv_act\(\1\)\n")
+_IN_FP32 = re.compile(r"return super\(\)\.forward\((\w+)\.float\(\)\)\.(type|to)\(\1\.dtype\)$")
+
+
+class Swap(NamedTuple):
+    """What `install` puts in: at the module itself or, if any are `fused`, into its group norms."""
+
+    kind: str
+    what: str
+    install: Callable[[], None]
+    fused: Mapping[nn.Module, str] = {}
+
+
+class Keep(NamedTuple):
+    """Why a module that looks like one of ours is left as it is."""
+
+    kind: str
+    why: str
+
+
+def norm(module: nn.Module) -> Swap | Keep | None:
+    """nn.GroupNorm and guided-diffusion's GroupNorm32."""
+    if not isinstance(module, nn.GroupNorm):
+        return None
+    if forwards.installed(module):
+        return Keep(NORM, ALREADY)
+    if why := _why_norm_stays(module):
+        return Keep(NORM, why)
+    return Swap(NORM, _name(module), lambda: _put(module, forwards.norm))
+
+
+def sequential(module: nn.Module) -> Swap | Keep | None:
+    """nn.Sequential with a group norm directly before a SiLU."""
+    if not isinstance(module, nn.Sequential) or forwards.installed(module):
+        return None
+    layers = list(module._modules.items())  # named_children leaves out what stands there twice
+    reasons = {
+        a: _why_not_fused([(i, a, nn.GroupNorm), (j, b, nn.SiLU)])
+        for (i, a), (j, b) in pairwise(layers)
+        if isinstance(a, nn.GroupNorm) and isinstance(b, nn.SiLU)
+    }
+    if not reasons:
+        return None
+    why = _why_method_stays(module, "forward", nn.Sequential)
+    fused = {layer: "in nn.Sequential" for layer, reason in reasons.items() if reason is None}
+    if why is not None or not fused:
+        return Keep(CHAIN, why or next(iter(reasons.values())))
+    return Swap(CHAIN, "", lambda: _put(module, forwards.sequential), fused)
+
+
+def resnet_block(module: nn.Module) -> Swap | Keep | None:
+    """The ResnetBlock2D of diffusers."""
+    if not _is_a(module, "ResnetBlock2D") or forwards.installed(module):
+        return None
+    why = _why_method_stays(module, "forward", "ResnetBlock2D", _RESNET_READS, _RESNET_COMPUTES)
+    why = why or _missing(module, _RESNET_READS)
+    if why is None:
+        expected = {
+            "norm1": nn.GroupNorm,
+            "norm2": nn.GroupNorm,
+            "nonlinearity": nn.SiLU,
+            "dropout": nn.Dropout,
+        }
+        why = _why_not_fused([(name, getattr(module, name), cls) for name, cls in expected.items()])
+    if why is not None:
+        return Keep(CHAIN, why)
+    kind = module.time_embedding_norm
+    if module.time_emb_proj is None:
+        if kind == "scale_shift":
+            return Keep(CHAIN, "it has no projection to scale and shift")
+        embedded = ""
+    else:
+        embedded = _embedded(kind == "scale_shift")
+    fused = {
+        module.norm1: "in ResnetBlock2D",
+        module.norm2: f"in ResnetBlock2D, with {embedded}dropout",
+    }
+    return Swap(CHAIN, "", lambda: _put(module, forwards.resnet_block), fused)
+
+
+def res_block(module: nn.Module) -> Swap | Keep | None:
+    """The ResBlock of guided-diffusion and of its descendants."""
+    if not _is_a(module, "ResBlock"):
+        return None
+    if _missing(module, _RES_BLOCK_READS):
+        return None
+    # guided-diffusion's forward is a checkpoint around _forward; others have no such layer.
+    method = "_forward" if hasattr(type(module), "_forward") else "forward"
+    if forwards.installed(module, method):
+        return None
+    reads = _RES_BLOCK_READS | _RES_BLOCK_RESAMPLES
+    why = _why_method_stays(module, method, "ResBlock", reads, _RES_BLOCK_COMPUTES)
+    sequences = [(n, getattr(module, n), nn.Sequential) for n in ("in_layers", "out_layers")]
+    why = why or _why_not_fused(sequences)
+    if why is not None:
+        return Keep(CHAIN, why)
+    first, second = list(module.in_layers), list(module.out_layers)
+    if (len(first), len(second)) != (3, 4):
+        why = "its layers are not norm, SiLU, conv and norm, SiLU, dropout, conv"
+    if why is None:
+        kinds = (nn.GroupNorm, nn.SiLU, nn.Dropout)
+        parts = [
+            (f"{name}.{i}", layer, kind)
+            for name, layers in (("in_layers", first[:2]), ("out_layers", second[:3]))
+            for i, (layer, kind) in enumerate(zip(layers, kinds, strict=False))
+        ]
+        why = _why_not_fused(parts)
+    if why is not None:
+        return Keep(CHAIN, why)
+    embedded = _embedded(module.use_scale_shift_norm)
+    fused = {first[0]: "in ResBlock", second[0]: f"in ResBlock, with {embedded}dropout"}
+    return Swap(CHAIN, "", lambda: _put(module, forwards.res_block, method), fused)
+
+
+def head(module: nn.Module) -> Swap | Keep | None:
+    """A network whose forward applies its conv_act directly to what its conv_norm_out gives.
+
+    That forward, the whole U-Net of diffusers, is not ours to replace: the norm takes the
+    activation over, and the network's entry `conv_act` becomes an identity. The activation object,
+    which other modules may share, is not touched.
+    """
+    last, activation = (getattr(module, name, None) for name in ("conv_norm_out", "conv_act"))
+    if not isinstance(last, nn.Module) or not isinstance(activation, nn.SiLU):
+        return None
+    text, *_ = _code(type(module).forward)
+    lines = "".join(f"{line.strip()}\n" for line in text.splitlines())
+    calls = [lines.count(f"self.{name}(") for name in ("conv_norm_out", "conv_act")]
+    why = None
+    if "forward" in vars(module):
+        why = "its forward was replaced on the instance"
+    elif calls != [1, 1] or not _HEAD.search(lines):
+        why = "its forward does not apply conv_act directly after conv_norm_out"
+    why = why or _why_not_fused(
+        [("conv_norm_out", last, nn.GroupNorm), ("conv_act", activation, nn.SiLU)]
+    )
+    if why is not None:
+        return Keep(CHAIN, why)
+
+    def install() -> None:
+        _put(last, forwards.norm_silu)
+        module.conv_act = nn.Identity().train(activation.training)
+
+    return Swap(CHAIN, "", install, {last: "conv_norm_out + conv_act"})
+
+
+def attention(module: nn.Module) -> Swap | Keep | None:
+    """The Attention of diffusers, through its processor; nn.MultiheadAttention is only named."""
+    if isinstance(module, nn.MultiheadAttention):
+        return Keep(ATTENTION, "nn.MultiheadAttention takes masks and returns weights")
+    if not (hasattr(module, "set_processor") and hasattr(module, "processor")):
+        return None
+    processor = module.processor
+    cls = type(processor)
+    if cls is forwards.KernelAttnProcessor:
+        return Keep(ATTENTION, ALREADY)
+    if cls.__name__ != "AttnProcessor2_0":
+        return Keep(ATTENTION, f"its processor is {cls.__name__}")
+    if why := _why_code_stays(cls.__call__, _PROCESSOR_READS, _PROCESSOR_COMPUTES, 1):
+        return Keep(ATTENTION, f"{cls.__name__}: {why}")
+    if why := _missing(module, _PROCESSOR_READS | {"inner_dim", "inner_kv_dim"}):
+        return Keep(ATTENTION, why)
+    extras = ("spatial_norm", "norm_cross", "norm_q", "norm_k")
+    if present := [name for name in extras if getattr(module, name) is not None]:
+        return Keep(ATTENTION, f"it has {', '.join(present)}")
+    if module.inner_kv_dim != module.inner_dim:
+        return Keep(ATTENTION, "it has fewer heads for k and v than for q")
+    if (width := module.inner_dim // module.heads) > MAX_HEAD_DIM:
+        return Keep(ATTENTION, f"its head dimension {width} is above {MAX_HEAD_DIM}")
+    return Swap(
+        ATTENTION,
+        f"{_name(module)}; a call with a mask stays with {cls.__name__}",
+        lambda: module.set_processor(forwards.KernelAttnProcessor(processor)),
+    )
+
+
+def qkv_attention(module: nn.Module) -> Swap | Keep | None:
+    """The attention of guided-diffusion, which is handed q, k and v as (N, 3 * H * D, T)."""
+    for name, (forward, computes) in _QKV.items():
+        if not _is_a(module, name):
+            continue
+        if forwards.installed(module):
+            return Keep(ATTENTION, ALREADY)
+        if why := _why_method_stays(module, "forward", name, frozenset({"n_heads"}), computes):
+            return Keep(ATTENTION, why)
+        what = f"{name}; heads wider than {MAX_HEAD_DIM} stay with it"
+        return Swap(ATTENTION, what, functools.partial(_put, module, forward))
+    return None
+
+
+# The norm's own rule comes last, once every chain has said which norms it takes.
+RULES = (resnet_block, res_block, head, sequential, attention, qkv_attention, norm)
+
+
+def _put(module: nn.Module, function: Callable[..., Any], method: str = "forward") -> None:
+    # Unlike a bound method, a partial can be pickled; deepcopy binds both to the copy.
+    setattr(module, method, functools.partial(function, module))
+
+
+def _name(module: nn.Module) -> str:
+    cls = type(module)
+    return f"nn.{cls.__name__}" if cls.__module__.startswith("torch.nn.") else cls.__name__
+
+
+def _embedded(scaled_and_shifted: bool) -> str:
+    return "scale, shift and " if scaled_and_shifted else "embedding and "
+
+
+def _is_a(module: nn.Module, name: str) -> bool:
+    return any(cls.__name__ == name for cls in type(module).__mro__)
+
+
+def _missing(module: nn.Module, names: frozenset[str]) -> str | None:
+    missing = sorted(name for name in names if not hasattr(module, name))
+    return f"it has no {', '.join(missing)}" if missing else None
+
+
+def _why_norm_stays(module: nn.GroupNorm) -> str | None:
+    if is_parametrized(module):
+        return "its weights are parametrised"
+    owner = _owner(module, "forward")
+    if owner.__name__ == "GroupNorm32":
+        text, *_ = _code(owner.forward)
+        if not _IN_FP32.search(text):
+            return "its GroupNorm32 is not the one that we know"
+        return _why_method_stays(module, "forward", "GroupNorm32")
+    return _why_method_stays(module, "forward", nn.GroupNorm)
+
+
+def _why_not_fused(parts: Iterable[tuple[str, nn.Module, type]]) -> str | None:
+    """Say why modules, given by (name, module, expected class), cannot become one op."""
+    for name, module, expected in parts:
+        if expected is nn.GroupNorm and isinstance(module, nn.GroupNorm):
+            ours = forwards.installed(module)
+            if not ours and (why := _why_norm_stays(module)):
+                return f"{name}: {why}"
+        elif type(module) is not expected:
+            return f"{name} is {_name(module)}"
+        if forwards.hooked(module):
+            return f"{name} has a hook"
+        if expected is nn.Dropout and module.p == 1:
+            return f"{name} drops everything"
+    return None
+
+
+def _owner(module: nn.Module, method: str) -> type:
+    return next(cls for cls in type(module).__mro__ if method in vars(cls))
+
+
+def _why_method_stays(
+    module: nn.Module,
+    method: str,
+    known: type | str,
+    reads: frozenset[str] | None = None,
+    computes: Set[str] = frozenset(),
+) -> str | None:
+    """Say why a method is not the one that we know, from a class or from its name and code."""
+    if method in vars(module):
+        return f"its {method} was replaced on the instance"
+    owner = _owner(module, method)
+    if known not in (owner, owner.__name__):
+        return f"{owner.__name__} overrides {method}"
+    return None if reads is None else _why_code_stays(getattr(owner, method), reads, computes)
+
+
+def _why_code_stays(
+    function: Callable[..., Any],
+    reads: frozenset[str],
+    computes: Set[str],
+    position: int = 0,
+) -> str | None:
+    """Say why a function reads or computes something else than we know.
+
+    Args:
+        reads: the attributes that it may read of its argument number `position`.
+        computes: its arithmetic, as `ast.unparse` writes it; no more and no less.
+    """
+    _, actual, arithmetic = _code(function, position)
+    if not actual:
+        return "its source cannot be read"
+    if unknown := sorted(actual - reads):
+        return f"its code reads {', '.join(unknown)}, which we do not know"
+    if unknown := sorted(arithmetic - computes):
+        return f"its code computes {', '.join(unknown)}, which we do not know"
+    if missing := sorted(computes - arithmetic):
+        return f"its code does not compute {', '.join(missing)}"
+    return None
+
+
+@functools.lru_cache(maxsize=128)
+def _code(
+    function: Callable[..., Any], position: int = 0
+) -> tuple[str, frozenset[str], frozenset[str]]:
+    """Return a function's code, the attributes it reads of one argument, and its arithmetic."""
+    try:
+        definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return "", frozenset(), frozenset()
+    if not isinstance(definition, ast.FunctionDef) or len(definition.args.args) <= position:
+        return "", frozenset(), frozenset()
+    subject = definition.args.args[position].arg
+    reads = {
+        node.attr
+        for node in ast.walk(definition)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == subject
+    }
+    arithmetic = {part for statement in definition.body for part in _arithmetic(statement)}
+    return ast.unparse(definition), frozenset(reads), frozenset(arithmetic)
+
+
+def _arithmetic(node: ast.AST) -> Iterator[str]:
+    """Yield the outermost arithmetic expressions below a node."""
+    if isinstance(node, ast.BinOp | ast.AugAssign):
+        yield ast.unparse(node)
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from _arithmetic(child)

@@ -1,0 +1,253 @@
+"""optimize on any network: what is recognised, what stays, and what the report says."""
+
+import copy
+import io
+
+import pytest
+import torch
+from foreign_networks import (
+    Guided,
+    ResBlock,
+    assert_same,
+    conditional,
+    guided_inputs,
+    image,
+    pair,
+    plain,
+    randomised,
+    text,
+    unet_2d,
+)
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ddb_fast.kernels import optimize, use_backend
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def test_plain_modules():
+    model, original = pair(plain())
+    report = optimize(model)
+    assert not report.left
+    assert [(entry.name, entry.kind) for entry in report.swapped] == [
+        ("1", "group norm + SiLU"),
+        ("4", "group norm + SiLU"),
+        ("6", "group norm"),
+        ("10.0", "group norm"),
+    ]
+    assert_same(model, original, input=torch.randn(2, 3, 5, 7))
+
+
+@pytest.mark.parametrize("shape", ((3, 8), (3, 8, 5), (3, 8, 2, 3, 4), (0, 8, 2, 2)))
+def test_other_shapes(shape):
+    norm = randomised(nn.GroupNorm(2, 8))
+    x = torch.randn(shape)
+    expected = norm(x)
+    optimize(norm)
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_attention_with_masks_is_named():
+    encoder = nn.TransformerEncoderLayer(8, 2)
+    report = optimize(encoder)
+    assert not report.swapped
+    assert [(entry.name, entry.kind) for entry in report.left] == [("self_attn", "attention")]
+
+
+def test_what_we_do_not_know_is_left_and_named():
+    class Noisy(nn.GroupNorm):
+        def forward(self, input):
+            return super().forward(input) + 1
+
+    class Wrapped(nn.GroupNorm):
+        pass
+
+    class Reverse(nn.Sequential):
+        def forward(self, input):
+            for layer in reversed(self):
+                input = layer(input)
+            return input
+
+    SameName = type("GroupNorm", (Noisy,), {"forward": Noisy.forward})
+    OtherFp32 = type("GroupNorm32", (Noisy,), {"forward": Noisy.forward})
+    replaced = nn.GroupNorm(2, 8)
+    replaced.forward = lambda input: input
+    model = nn.ModuleDict(
+        {
+            "noisy": Noisy(2, 8),
+            "wrapped": Wrapped(2, 8),
+            "reverse": Reverse(nn.GroupNorm(2, 8), nn.SiLU()),
+            "other": OtherFp32(2, 8),
+            "same_name": SameName(2, 8),
+            "replaced": replaced,
+            "normal": nn.utils.parametrizations.weight_norm(nn.GroupNorm(2, 8)),
+        }
+    )
+    original = copy.deepcopy(model)
+    report = optimize(model)
+    assert {entry.name for entry in report.swapped} == {"wrapped", "reverse.0"}
+    assert {entry.name: entry.what for entry in report.left} == {
+        "noisy": "Noisy overrides forward",
+        "reverse": "Reverse overrides forward",
+        "other": "its GroupNorm32 is not the one that we know",
+        "same_name": "GroupNorm overrides forward",
+        "replaced": "its forward was replaced on the instance",
+        "normal": "its weights are parametrised",
+    }
+    x = torch.randn(2, 8, 4, 4)
+    for name in set(model) - {"replaced"}:
+        torch.testing.assert_close(model[name](x), original[name](x))
+
+
+@pytest.mark.parametrize("kind", ("forward", "forward_pre", "full_backward"))
+def test_hooks_fire_and_see_what_they_saw(kind):
+    def watch(model):
+        seen = []
+        block = model.mid_block.resnets[0]
+        for module in (block.norm1, block.nonlinearity, block.dropout, model.conv_act):
+            register = getattr(module, f"register_{kind}_hook")
+            register(lambda module, *values: seen.append(values[-1]))
+        return seen
+
+    model, original = pair(unet_2d())
+    seen, expected = watch(model), watch(original)
+    report = optimize(model)
+    reasons = {entry.name: entry.what for entry in report.left}
+    assert reasons == {"mid_block.resnets.0": "norm1 has a hook", "": "conv_act has a hook"}
+    assert_same(model, original, **image())
+    assert len(seen) == len(expected) > 0
+    for actual, truth in zip(seen, expected, strict=True):
+        torch.testing.assert_close(actual, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_that_come_later_fire_too():
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    emb = torch.randn(2, 6)
+    for model, name, times in (
+        (resnet.ResnetBlock2D(in_channels=8, temb_channels=6, groups=2), "nonlinearity", 3),
+        (ResBlock(8, 8, shifted=True), "out_layers.1", 1),
+        (nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()), "1", 1),
+    ):
+        optimize(model)
+        seen = []
+        model.get_submodule(name).register_forward_hook(lambda *values, seen=seen: seen.append(1))
+        x = torch.randn(2, 8, 4, 4)
+        _ = model(x) if isinstance(model, nn.Sequential) else model(x, emb)
+        assert len(seen) == times, name
+
+
+def test_a_layer_that_is_exchanged_later_counts():
+    model, original = pair(plain())
+    optimize(model)
+    for net in (model, original):
+        net[1], net[5] = nn.GroupNorm(1, 8), nn.Tanh()
+    assert_same(model, original, input=torch.randn(2, 3, 5, 7))
+
+
+@pytest.mark.parametrize("build", (unet_2d, conditional, Guided, plain))
+def test_parameters_and_names_stay(build):
+    model = build()
+    before = {name: id(x) for name, x in model.named_parameters()}
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    optimize(model)
+    assert {name: id(x) for name, x in model.named_parameters()} == before
+    after = model.state_dict()
+    assert list(after) == list(state)
+    assert all(torch.equal(after[name], x) for name, x in state.items())
+    fresh = build()
+    model.load_state_dict(fresh.state_dict())
+    fresh.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("build", "given"), ((unet_2d, image), (Guided, guided_inputs), (conditional, text))
+)
+def test_a_copy_is_a_network_of_its_own(build, given):
+    model, original = pair(build())
+    optimize(model)
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_same(clone.double().float(), original, **given())
+
+
+def test_a_network_can_be_saved_whole():
+    model, original = pair(conditional())
+    optimize(model)
+    file = io.BytesIO()
+    torch.save(model, file)  # noqa: TID251
+    file.seek(0)
+    assert_same(torch.load(file, weights_only=False), original, **text())
+
+
+@pytest.mark.parametrize("build", (unet_2d, Guided, plain))
+def test_twice_changes_nothing(build):
+    model = build()
+    first = optimize(model)
+    forwards = {name: vars(module).get("forward") for name, module in model.named_modules()}
+    second = optimize(model)
+    assert not second.swapped
+    assert {entry.name for entry in second.left} == {entry.name for entry in first.swapped}
+    assert {entry.what for entry in second.left} == {"already optimised"}
+    again = {name: vars(module).get("forward") for name, module in model.named_modules()}
+    assert forwards == again
+
+
+@pytest.mark.parametrize("backend", (None, "torch", "reference"))
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize(
+    ("build", "given", "key"),
+    ((unet_2d, image, "sample"), (conditional, text, "sample"), (Guided, guided_inputs, "x")),
+)
+def test_any_backend_and_layout(backend, layout, build, given, key):
+    model, original = pair(build())
+    optimize(model)
+    model.to(memory_format=layout)
+    inputs = given()
+    inputs[key] = inputs[key].to(memory_format=layout)
+    with use_backend(group_norm=backend, attention=backend):
+        assert_same(model, original, **inputs)
+
+
+def small_conditional() -> nn.Module:
+    types = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    return conditional(block_out_channels=[16], **types)
+
+
+@pytest.mark.parametrize(
+    ("build", "given", "backend"),
+    # aot_eager also traces the backward, the same operators in every network.
+    ((small_conditional, text, "eager"), (Guided, guided_inputs, "aot_eager")),
+)
+def test_compiles_whole(build, given, backend):
+    model, original = pair(build())
+    optimize(model)
+    counter = CompileCounterWithBackend(backend)
+    model.compile(backend=counter, fullgraph=True)
+    assert_same(model, original, **given())
+    assert counter.frame_count == 2  # training and not
+
+
+def test_the_report_counts():
+    model = nn.Sequential(
+        *(nn.GroupNorm(2, 8), nn.SiLU(), nn.GroupNorm(2, 8), nn.GroupNorm(2, 8)),
+        nn.MultiheadAttention(8, 2),
+    )
+    title, *rows = str(optimize(model)).splitlines()
+    assert title == "3 swapped, 1 left"
+    assert [" ".join(row.split()) for row in rows] == [
+        "swapped 2 group norm nn.GroupNorm 2, ...",
+        "swapped 1 group norm + SiLU in nn.Sequential 0",
+        "left 1 attention nn.MultiheadAttention takes masks and returns weights 4",
+    ]
+    assert str(optimize(nn.Identity())) == "0 swapped, 0 left"
+
+
+def test_takes_modules_only():
+    with pytest.raises(ValueError, match="got dict"):
+        optimize({"weight": torch.zeros(1)})

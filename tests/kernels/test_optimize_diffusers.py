@@ -1,0 +1,316 @@
+"""optimize on the networks of diffusers, against the same network left alone."""
+
+import importlib.util
+import inspect
+import math
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from foreign_networks import (
+    TOLERANCE,
+    assert_equal_gradients,
+    assert_same,
+    conditional,
+    count,
+    error,
+    gradients,
+    image,
+    pair,
+    randomised,
+    text,
+    unet_2d,
+)
+from torch import Tensor, nn
+
+from ddb_fast.kernels import optimize
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def test_unet_2d_with_the_defaults_of_diffusers():
+    model = pytest.importorskip("diffusers").UNet2DModel()
+    model = randomised(model)
+    given = {"sample": torch.randn(1, 3, 16, 8), "timestep": torch.tensor([700])}
+    expected = gradients(model, given)
+    report = optimize(model)
+    assert not report.left
+    norms = {module.num_channels // module.num_groups for module in norms_of(model)}
+    assert norms >= {7, 14, 21, 28}
+    assert (count(report, "group norm + SiLU"), count(report, "attention")) == (2 * 22 + 1, 16)
+    assert_equal_gradients(gradients(model, given), expected)
+
+
+def norms_of(model: nn.Module) -> list[nn.GroupNorm]:
+    return [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+
+
+@pytest.mark.parametrize("shift", ("default", "scale_shift"))
+@pytest.mark.parametrize("resample", ("conv", "resnet"))
+def test_unet_2d(shift, resample):
+    sampling = {"downsample_type": resample, "upsample_type": resample}
+    model, original = pair(unet_2d(resnet_time_scale_shift=shift, **sampling))
+    report = optimize(model)
+    assert not report.left
+    embedding = "scale, shift" if shift == "scale_shift" else "embedding"
+    second = [entry for entry in report.swapped if entry.name.endswith("norm2")]
+    assert second and all(embedding in entry.what for entry in second)
+    assert_same(model, original, **image())
+
+
+@pytest.mark.parametrize("linear", (False, True))
+@pytest.mark.parametrize("shift", ("default", "scale_shift"))
+def test_unet_2d_condition(shift, linear):
+    model, original = pair(conditional(resnet_time_scale_shift=shift, use_linear_projection=linear))
+    report = optimize(model)
+    assert not report.left
+    # Self- and cross-attention in one transformer going down, two going up, one in the middle.
+    assert count(report, "attention") == 8
+    assert_same(model, original, **text())
+
+
+def test_a_call_with_a_mask_stays_with_its_owner():
+    model, original = pair(conditional())
+    report = optimize(model)
+    masked = [entry for entry in report.swapped if entry.kind == "attention"]
+    assert all("a call with a mask stays with AttnProcessor2_0" in entry.what for entry in masked)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    assert_same(model, original, **text(), encoder_attention_mask=mask)
+    assert_same(model, original, **text())
+    with torch.no_grad():
+        given = text()
+        assert error(model(**given).sample, model(**given, encoder_attention_mask=mask).sample) > 0
+
+
+def test_fir_and_other_blocks_of_diffusers():
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    for arguments in (
+        {"up": True, "kernel": "fir"},
+        {"down": True, "kernel": "sde_vp"},
+        {"output_scale_factor": math.sqrt(2), "skip_time_act": True},
+        {"out_channels": 24, "groups_out": 3, "conv_2d_out_channels": 8},
+    ):
+        block = resnet.ResnetBlock2D(in_channels=8, temb_channels=6, groups=2, **arguments)
+        model, original = pair(block)
+        assert count(optimize(model), "group norm + SiLU") == 2
+        assert_same(
+            Positional(model),
+            Positional(original),
+            x=torch.randn(2, 8, 4, 4),
+            emb=torch.randn(2, 6),
+        )
+    # Without a projection: an autoencoder's, and one that adds what it is given.
+    for kind, emb in (("group", None), ("default", None), ("default", torch.randn(2, 8, 1, 1))):
+        block = resnet.ResnetBlock2D(
+            in_channels=8, temb_channels=None, groups=2, time_embedding_norm=kind
+        )
+        model, original = pair(block)
+        assert count(optimize(model), "group norm + SiLU") == 2
+        given = {} if emb is None else {"emb": emb}
+        assert_same(Positional(model), Positional(original), x=torch.randn(2, 8, 4, 4), **given)
+
+
+def test_autoencoder():
+    diffusers = pytest.importorskip("diffusers")
+    model, original = pair(
+        diffusers.AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            norm_num_groups=4,
+        )
+    )
+    report = optimize(model)
+    why = "its forward does not apply conv_act directly after conv_norm_out"
+    assert report.left == (("decoder", "group norm + SiLU", why),)
+    assert_same(model, original, sample=torch.randn(2, 3, 8, 8))
+
+
+class Positional(nn.Module):
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        return self.block(x, emb)
+
+
+def test_a_block_with_another_activation_keeps_its_forward():
+    model, original = pair(unet_2d(act_fn="mish"))
+    report = optimize(model)
+    reasons = {entry.what for entry in report.left}
+    assert reasons == {"nonlinearity is nn.Mish"}
+    assert count(report, "group norm + SiLU") == 1  # conv_act is a SiLU whatever act_fn says
+    assert_same(model, original, **image())
+
+
+def test_a_block_that_we_do_not_know_keeps_its_forward():
+    resnet = pytest.importorskip("diffusers.models.resnet")
+
+    class Newer(resnet.ResnetBlock2D):
+        """What a later version might be: the same names, and one more."""
+
+        def forward(self, input_tensor, temb):
+            return self.conv2(self.norm2(self.conv1(self.norm1(input_tensor)))) * self.gain
+
+    Newer.__name__ = "ResnetBlock2D"
+    sizes = {"in_channels": 8, "temb_channels": None, "groups": 2}
+    for block, why in (
+        (Newer(**sizes), "its code reads gain, which we do not know"),
+        (resnet.ResnetBlock2D(**sizes, dropout=1.0), "dropout drops everything"),
+        (
+            resnet.ResnetBlock2D(**sizes, time_embedding_norm="scale_shift"),
+            "it has no projection to scale and shift",
+        ),
+    ):
+        report = optimize(block)
+        assert [entry.what for entry in report.left] == [why]
+        assert {(entry.name, entry.kind) for entry in report.swapped} == {
+            ("norm1", "group norm"),
+            ("norm2", "group norm"),
+        }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    (
+        (
+            "(1 + time_scale)",
+            "time_scale",
+            "its code computes hidden_states * time_scale + time_shift, which we do not know",
+        ),
+        (
+            "hidden_states = hidden_states + temb",
+            "pass",
+            "its code does not compute hidden_states + temb",
+        ),
+        ("self.skip_time_act", "self.skips", "its code reads skips, which we do not know"),
+    ),
+)
+def test_a_version_of_diffusers_that_we_do_not_know_is_left(tmp_path, old, new, why):
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    block = resnet.ResnetBlock2D(in_channels=8, temb_channels=6, groups=2)
+    block.__class__ = another_version(resnet.ResnetBlock2D, old, new, tmp_path)
+    assert (("", "group norm + SiLU", why),) == optimize(block).left
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    (
+        ("inner_dim // attn", "inner_dim * attn", "its code computes inner_dim * attn.heads"),
+        ("attn.norm_q", "attn.norm_of_q", "its code reads norm_of_q"),
+    ),
+)
+def test_a_processor_that_we_do_not_know_is_left(tmp_path, old, new, why):
+    processors = pytest.importorskip("diffusers.models.attention_processor")
+    cls = another_version(processors.AttnProcessor2_0, old, new, tmp_path)
+    attention = processors.Attention(16, heads=2, dim_head=8, processor=cls())
+    (entry,) = optimize(attention).left
+    assert entry.what == f"AttnProcessor2_0: {why}, which we do not know"
+
+
+def another_version(cls: type, old: str, new: str, folder: Path) -> type:
+    """The class as a release with another source would have it."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    assert old in source
+    path = folder / "another_version.py"
+    path.write_text("from __future__ import annotations\n" + source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(f"another_version_{id(path)}", path)
+    module = importlib.util.module_from_spec(spec)
+    vars(module).update(torch=torch, nn=nn, F=F)
+    spec.loader.exec_module(module)
+    return getattr(module, cls.__name__)
+
+
+def test_attention_that_has_more_to_it_stays():
+    attention = pytest.importorskip("diffusers.models.attention_processor").Attention
+    keeps = {
+        "its head dimension 272 is above 256": {"heads": 1, "dim_head": 272},
+        "it has norm_q, norm_k": {"qk_norm": "layer_norm"},
+        "it has norm_cross": {"cross_attention_norm": "layer_norm"},
+        "its processor is AttnProcessor": {"scale_qk": False},
+        "it has fewer heads for k and v than for q": {"heads": 4, "kv_heads": 2},
+    }
+    for why, arguments in keeps.items():
+        report = optimize(attention(16, **arguments))
+        assert [entry.what for entry in report.left] == [why]
+        assert not report.swapped
+
+
+def test_the_time_embedding_and_a_shared_activation_are_not_touched():
+    model, original = (net.eval() for net in pair(unet_2d()))
+    activation = model.conv_act
+    model.time_embedding.act = model.mid_block.resnets[0].nonlinearity = activation
+    optimize(model)
+    assert not any(module.training for module in model.modules())
+    assert model.time_embedding.act is activation and type(activation) is nn.SiLU
+    x = torch.randn(3, 16)
+    assert torch.equal(activation(x), F.silu(x))
+    assert torch.equal(model.time_embedding(x), original.time_embedding(x))
+    assert_same(model, original, **image())
+
+
+def test_gradient_checkpointing():
+    model, original = pair(unet_2d())
+    optimize(model)
+    model.enable_gradient_checkpointing()
+    assert_same(model, original, **image())
+
+
+def test_dropout_is_drawn_anew_and_keeps_the_mean():
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    block = resnet.ResnetBlock2D(in_channels=32, temb_channels=None, groups=4, dropout=0.25)
+    # conv2 passes on what dropout gave, so the block returns x + dropout(silu(norm2(...))).
+    nn.init.dirac_(block.conv2.weight)
+    nn.init.zeros_(block.conv2.bias)
+    x = torch.randn(64, 32, 8, 8)
+    with torch.no_grad():
+        whole = block.eval()(x, None) - x
+        optimize(block)
+        assert error(block(x, None) - x, whole) <= TOLERANCE
+        first, second = block.train()(x, None) - x, block(x, None) - x
+        # MC dropout: the module's own switch decides.
+        block.eval().dropout.train()
+        third = block(x, None) - x
+    dropped = first.abs() < 1e-7
+    # 131,072 draws: four standard deviations are 0.005.
+    assert abs(dropped.float().mean().item() - 0.25) < 0.005
+    assert abs((third.abs() < 1e-7).float().mean().item() - 0.25) < 0.005
+    assert error(first[~dropped], whole[~dropped] / 0.75) <= 1e-4
+    assert not torch.equal(dropped, second.abs() < 1e-7)
+
+
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+def test_the_layout_stays(training, layout):
+    model = unet_2d().train(training).to(memory_format=layout)
+    optimize(model)
+    kept = []
+    for module in model.modules():
+        if type(module).__name__ in ("ResnetBlock2D", "Attention", "Conv2d"):
+            module.register_forward_hook(
+                lambda module, inputs, y: kept.extend(
+                    t.is_contiguous(memory_format=layout) for t in (inputs[0], y)
+                )
+            )
+    given = image()
+    y = model(given["sample"].to(memory_format=layout), given["timestep"]).sample
+    assert y.is_contiguous(memory_format=layout)
+    assert kept and all(kept)
+
+
+def test_autocast():
+    model, original = pair(unet_2d())
+    optimize(model)
+    given = image()
+    with torch.no_grad():
+        truth = original(**given).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            y, expected = model(**given).sample, original(**given).sample
+    assert y.dtype == expected.dtype
+    assert error(y, truth) <= 1.25 * error(expected.float(), truth)
