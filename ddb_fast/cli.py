@@ -10,6 +10,7 @@ COMMANDS = {
     "run": "all stages on a preset's or your images; the same command again resumes",
     "data": "what would be read: classes, splits, groups",
     "import": "turn a checkpoint of the authors into a folder for `run --diffusion`",
+    "kernels": "`kernels check`: each op and backend against fp64, forward and backward",
     "env": "this machine, the packages, and every kernel backend with its reasons",
 }
 
@@ -52,17 +53,33 @@ def show_environment(argv: Sequence[str]) -> int:
 
     import torch
 
-    from ddb_fast.kernels import backends
+    from ddb_fast.kernels import backends, tuned
     from ddb_fast.run_folder import versions
 
     for name, value in versions().items():
         print(f"{name:12} {value}")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    print(f"{'device':12} {device}")
+    gpu = torch.cuda.is_available()
+    print(f"{'device':12} {torch.cuda.get_device_name() if gpu else 'cpu'}")
+    print(f"{'kernels':12} {tuned.describe(torch.device('cuda' if gpu else 'cpu', 0))}")
     for op, choices in backends().items():
         for backend, reasons in choices.items():
             print(f"{op:12} {backend:10} {'; '.join(reasons) or 'available'}")
     return 0
+
+
+def check_kernels(argv: Sequence[str]) -> int:
+    parser = OneLineParser(prog="ddb-fast kernels", description=COMMANDS["kernels"])
+    parser.add_argument("action", choices=("check",), help="exit 1 if an error exceeds its bound")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    arguments = parser.parse_args(argv)
+
+    import torch
+
+    from ddb_fast.kernels.check import report
+
+    table, fine = report(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    print(table)
+    return 0 if fine else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run": run,
         "data": show_data,
         "import": import_authors,
+        "kernels": check_kernels,
         "env": show_environment,
     }
     if given and given[0] in actions:

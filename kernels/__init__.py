@@ -5,5 +5,6 @@ Imported as `ddb_fast.kernels`; knows torch and nothing of ddb_fast.
 
 from .dispatch import backends, use_backend
 from .ops import attention, attention_qkv, group_norm
+from .swap import optimize
 
-__all__ = ["attention", "attention_qkv", "backends", "group_norm", "use_backend"]
+__all__ = ["attention", "attention_qkv", "backends", "group_norm", "optimize", "use_backend"]

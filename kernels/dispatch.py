@@ -2,8 +2,9 @@
 
 Order of precedence: the `backend=` argument, `use_backend(...)`, the environment variable
 `DDB_FAST_BACKEND` ("group_norm=torch,attention=reference", read at the first call), automatic. A
-backend asked for by name runs or raises ValueError with its reasons; automatic takes the first of
-`BACKENDS` that has no reason not to.
+backend asked for by name runs or raises ValueError with its reasons. Automatic takes what was
+measured fastest for the class of shapes (`tuned.py`), else the first of a fixed order; in either
+case one that has no reason not to.
 
 `torch.compile` resolves the choice while it traces: a compiled graph keeps the backends it was
 traced with, so `use_backend` belongs around the first call.
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from . import reference, torch_backend
+from . import native, reference, torch_backend, triton_backend, tuned, xformers_backend
 
 ENVIRONMENT_VARIABLE = "DDB_FAST_BACKEND"
 
@@ -51,11 +52,16 @@ class Backend:
     ops: Mapping[str, Callable[..., Any]]
 
 
-# In the order in which automatic tries them.
 BACKENDS = (
+    Backend("native", native.why_not, native.OPS),
+    Backend("triton", triton_backend.why_not, triton_backend.OPS),
     Backend("torch", torch_backend.why_not, torch_backend.OPS),
+    Backend("xformers", xformers_backend.why_not, xformers_backend.OPS),
     Backend("reference", reference.why_not, reference.OPS),
 )
+# Above this length torch's own attention is near what the hardware gives, and in fp32, which takes
+# three products of parts, ours spills.
+_SHORT = 256
 
 
 @contextmanager
@@ -101,14 +107,49 @@ def choose(op: str, name: str | None, *arguments: Any) -> Callable[..., Any]:
             raise ValueError(f"{op}: backend {name!r} cannot run this: {'; '.join(reasons)}")
         return backend.ops[op]
     refused = []
-    for backend in BACKENDS:
+    for name in automatic(op, *arguments):
+        backend = _backend(name)
         reasons = backend.why_not(op, *arguments)
         if not reasons:
             return backend.ops[op]
         for reason in reasons:
-            _log_once(op, backend.name, reason)
-            refused.append(f"{backend.name}: {reason}")
+            _log_once(op, name, reason)
+            refused.append(f"{name}: {reason}")
     raise ValueError(f"{op}: no backend can run this: {'; '.join(refused)}")
+
+
+def automatic(op: str, *arguments: Any) -> tuple[str, ...]:
+    """Name the backends that automatic tries for `op` on these arguments, best first."""
+    x = arguments[0]
+    if op == "group_norm":
+        describe, details = tuned.group_norm_class, (x.dtype, x.is_contiguous(), x.shape[1:])
+        usual = ("native" if x.device.type == "cpu" else "triton", "torch", "reference")
+    else:
+        if op == "attention":
+            length, width = max(x.shape[2], arguments[1].shape[2]), x.shape[3]
+        else:
+            length, width = x.shape[1], x.shape[2] // (3 * arguments[1])
+        describe, details = tuned.attention_class, (x.dtype, length, width)
+        ours = x.device.type != "cpu" and x.dtype.itemsize == 2 and length <= _SHORT
+        usual = ("triton", "torch", "reference") if ours else ("torch", "reference")
+    find = _measured if torch.compiler.is_compiling() else _remembered
+    measured = find(OPS[op], x.device, describe, *details, torch.is_grad_enabled())
+    return usual if measured is None else (measured, *usual)
+
+
+def _measured(
+    op: str, device: torch.device, describe: Callable[..., str], *details: Any
+) -> str | None:
+    return _winner(op, device, describe(*details))
+
+
+_remembered = functools.cache(_measured)
+
+
+# Dynamo cannot trace how a file is read, and needs no more than the answer.
+@torch.compiler.assume_constant_result
+def _winner(op: str, device: torch.device, shape_class: str) -> str | None:
+    return tuned.winner(op, device, shape_class)
 
 
 def _backend(name: str) -> Backend:

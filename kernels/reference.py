@@ -106,8 +106,18 @@ def pack(o: Tensor) -> Tensor:
 
 
 def dropout(y: Tensor, p: float, seed: Tensor) -> Tensor:
-    """Zero the elements whose `uniform` draw is below p and divide the others by 1 - p."""
-    return y * (uniform(seed, y.shape) >= p) * (1 / (1 - p))
+    """Zero the elements that `dropout_mask` does not keep and scale the others."""
+    threshold, scale = dropout_constants(p)
+    return y * (random_halves(seed, y.shape) >= threshold) * scale
+
+
+def dropout_constants(p: float) -> tuple[int, float]:
+    """Return (threshold, scale): a `random_halves` below threshold is dropped; p in units of 2^-16.
+
+    The scale makes up for the p that is applied, so the mean is exact however p is rounded.
+    """
+    threshold = min(round(p * 65536), 65535)
+    return threshold, 65536 / (65536 - threshold)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -115,20 +125,27 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def uniform(seed: Tensor, shape: torch.Size) -> Tensor:
-    """Draw fp32 numbers in [0, 1) that are a pure function of the seed and the element's index.
+def random_halves(seed: Tensor, shape: torch.Size) -> Tensor:
+    """Draw integers in 0..65535, a pure function of the seed and of an element's place in x.
 
-    The index counts in row-major order of `shape` whatever the layout in memory. Bit for bit what
-    `triton.language.rand(seed, index)` gives: the first word of Philox, its sign folded away, over
-    2^31. `seed` is a 0-d int64 tensor, never read by the host.
+    Args:
+        seed: 0-d int64, the key of Philox; never read by the host.
+        shape: (N, C, H, W).
+
+    One call of Philox serves the eight channels c = 8b..8b+7 of a pixel, which lie side by side in
+    channels_last: its counter is (n * H * W + pixel) * ceil(C / 8) + b, and channel 8b + j takes
+    the lower (j < 4) or upper half of word j mod 4. The layout in memory plays no part.
     """
-    index = torch.arange(shape.numel(), device=seed.device)
-    zero = torch.zeros_like(index)
-    counter = (index & _WORD, index >> 32, zero, zero)
-    word, _, _, _ = philox(counter, (seed & _WORD, (seed >> 32) & _WORD))
-    folded = torch.where(word >> 31 == 0, word, word ^ _WORD)
-    # The largest fp32 with (2^31 - 1) * factor < 1 after rounding.
-    return (folded.to(torch.float32) * 4.6566127342e-10).view(shape)
+    n, c, h, w = shape
+    blocks = (c + 7) // 8
+    counter = torch.arange(n * h * w * blocks, device=seed.device)
+    zero = torch.zeros_like(counter)
+    words = torch.stack(
+        philox((counter & _WORD, counter >> 32, zero, zero), (seed & _WORD, (seed >> 32) & _WORD)),
+        -1,
+    )
+    halves = torch.cat([words & 0xFFFF, words >> 16], -1)
+    return halves.view(n, h, w, blocks * 8)[..., :c].permute(0, 3, 1, 2)
 
 
 def philox(

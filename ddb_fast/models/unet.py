@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddb_fast.config import UNetConfig
@@ -45,7 +46,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels of x + shortcut, added to that sum."""
+    """Self-attention over the pixels of x + bias + shortcut, added to that sum."""
 
     def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
@@ -57,8 +58,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        h, x = self.norm(x, residual=shortcut, return_sum=True)
+    def forward(self, x: Tensor, shortcut: Tensor, bias: Tensor) -> Tensor:
+        h, x = self.norm(x, pre_bias=bias, residual=shortcut, return_sum=True)
         tokens = h.flatten(2).mT  # (N, H * W, C): in channels_last a view, as is the way back
         o = self.out(attention_qkv(self.qkv(tokens), self.heads))
         return x + o.mT.view_as(x)
@@ -89,10 +90,12 @@ class ResidualBlock(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         h = self.conv1(self.norm1(x, activation="silu"))
         h = self.norm2(h, pre_bias=embedding, activation="silu", dropout_p=dropout_p)
-        h = self.conv2(h)
         if self.attention is None:
-            return h + self.shortcut(x)
-        return self.attention(h, self.shortcut(x))
+            return self.conv2(h) + self.shortcut(x)
+        # The norm adds conv2's bias on its way, and has its gradient from sums it takes anyway; on
+        # its own either would be one more pass over the tensor.
+        h = F.conv2d(h, self.conv2.weight, padding=1)
+        return self.attention(h, self.shortcut(x), self.conv2.bias)
 
 
 class SumDownsample(nn.Module):

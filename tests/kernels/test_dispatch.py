@@ -7,7 +7,15 @@ import threading
 import pytest
 import torch
 
-from ddb_fast.kernels import attention, attention_qkv, backends, dispatch, group_norm, use_backend
+from ddb_fast.kernels import (
+    attention,
+    attention_qkv,
+    backends,
+    dispatch,
+    group_norm,
+    tuned,
+    use_backend,
+)
 from ddb_fast.kernels.dispatch import Backend
 
 X = torch.randn(2, 4, 3, 3)
@@ -21,6 +29,10 @@ def telltale(name, why_not=lambda op, *arguments: []):
     return Backend(name, why_not, ops)
 
 
+def torch_only():
+    return next(backend for backend in dispatch.BACKENDS if backend.name == "torch")
+
+
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """No choice from the environment, nothing logged yet."""
@@ -32,8 +44,33 @@ def fresh(monkeypatch):
 
 
 @pytest.fixture
-def telltales(monkeypatch):
-    monkeypatch.setattr(dispatch, "BACKENDS", tuple(map(telltale, ("first", "a", "b", "c"))))
+def install(monkeypatch):
+    """Replace the backends; automatic tries them in the order given."""
+
+    def replace(*backends):
+        monkeypatch.setattr(dispatch, "BACKENDS", backends)
+        names = tuple(backend.name for backend in backends)
+        monkeypatch.setattr(dispatch, "automatic", lambda op, *arguments: names)
+
+    return replace
+
+
+@pytest.fixture
+def telltales(install):
+    install(*map(telltale, ("first", "a", "b", "c")))
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Set what was measured on this machine."""
+
+    def replace(**winners):
+        table = {"winners": winners, "configurations": {}}
+        monkeypatch.setattr(tuned, "measured", lambda arch: table)
+        dispatch._remembered.cache_clear()
+
+    yield replace
+    dispatch._remembered.cache_clear()
 
 
 @pytest.fixture
@@ -104,7 +141,7 @@ def test_threads_and_tasks_do_not_see_each_other(telltales):
 @pytest.mark.parametrize(
     ("text", "message"),
     (
-        ("group_norm=tritno", "tritno.*torch, reference"),
+        ("group_norm=tritno", "tritno.*triton, torch"),
         ("attention", "'attention' is not op=backend"),
         ("attention=", "'attention=' is not op=backend"),
         ("conv=torch", "conv=torch.*group_norm, attention"),
@@ -117,17 +154,19 @@ def test_a_wrong_environment_is_refused(environment, text, message):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="'cuda'; there are: torch, reference"):
+    with pytest.raises(
+        ValueError, match="'cuda'; there are: native, triton, torch, xformers, reference"
+    ):
         group_norm(X, 2, backend="cuda")
     with pytest.raises(ValueError, match="'cuda'"), use_backend(attention="cuda"):
         pass
 
 
-def test_asked_for_and_not_possible_gives_the_reasons(monkeypatch):
+def test_asked_for_and_not_possible_gives_the_reasons(install):
     def why_not(op, *arguments):
         return [f"no {op}", *(f"got {type(a).__name__}" for a in arguments)]
 
-    monkeypatch.setattr(dispatch, "BACKENDS", (telltale("fussy", why_not), *dispatch.BACKENDS))
+    install(telltale("fussy", why_not), *dispatch.BACKENDS)
     message = "group_norm: backend 'fussy' cannot run this: no group_norm; got Tensor; got int"
     with pytest.raises(ValueError, match=message):
         group_norm(X, 2, backend="fussy")
@@ -139,11 +178,11 @@ def test_asked_for_and_not_possible_gives_the_reasons(monkeypatch):
         group_norm(X, 2)
 
 
-def test_automatic_falls_back_and_says_so_once(monkeypatch, caplog):
+def test_automatic_falls_back_and_says_so_once(install, caplog):
     def why_not(op, *arguments):
         return [f"{arguments[0].shape[0]} samples are too few"] if arguments else []
 
-    monkeypatch.setattr(dispatch, "BACKENDS", (telltale("big", why_not), *dispatch.BACKENDS))
+    install(telltale("big", why_not), torch_only())
     with caplog.at_level(logging.INFO, logger="ddb_fast.kernels"):
         for _ in range(3):
             y = group_norm(X, 2)
@@ -157,9 +196,9 @@ def test_automatic_falls_back_and_says_so_once(monkeypatch, caplog):
     ]
 
 
-def test_automatic_with_nothing_left(monkeypatch):
+def test_automatic_with_nothing_left(install):
     refusing = telltale("only", lambda op, *arguments: ["it rains"])
-    monkeypatch.setattr(dispatch, "BACKENDS", (refusing,))
+    install(refusing)
     with pytest.raises(ValueError, match="no backend can run this: only: it rains"):
         group_norm(X, 2)
 
@@ -170,17 +209,18 @@ def test_arguments_are_checked_before_the_backend_is_asked(monkeypatch):
         group_norm(X, 3)
 
 
-def test_backends_lists_reasons(monkeypatch):
-    assert backends() == {
-        "group_norm": {"torch": [], "reference": []},
-        "attention": {"torch": [], "reference": []},
-    }
+def test_backends_lists_reasons(install):
+    listed = backends()
+    assert [*listed] == ["group_norm", "attention"]
+    for choices in listed.values():
+        assert choices["torch"] == [] and choices["reference"] == []
+    assert listed["group_norm"]["xformers"] == ["xformers has no group norm"]
     partial = telltale("partial", lambda op, *arguments: [] if op == "group_norm" else ["no GPU"])
-    monkeypatch.setattr(dispatch, "BACKENDS", (partial,))
+    install(partial)
     assert backends() == {"group_norm": {"partial": []}, "attention": {"partial": ["no GPU"]}}
 
 
-def test_the_choice_and_the_fallback_compile(monkeypatch, caplog):
+def test_the_choice_and_the_fallback_compile(install, caplog):
     ran = []
 
     def traced(x, *arguments, **options):
@@ -189,7 +229,7 @@ def test_the_choice_and_the_fallback_compile(monkeypatch, caplog):
 
     named = Backend("named", lambda op, *arguments: [], {"group_norm": traced})
     refusing = telltale("refusing", lambda op, *arguments: ["never"])
-    monkeypatch.setattr(dispatch, "BACKENDS", (refusing, *dispatch.BACKENDS, named))
+    install(refusing, torch_only(), named)
 
     def run(x):
         return group_norm(x, 2)
@@ -204,3 +244,72 @@ def test_the_choice_and_the_fallback_compile(monkeypatch, caplog):
     with use_backend(group_norm="named"):
         assert torch.equal(torch.compile(run, backend="aot_eager", fullgraph=True)(X), 2 * X)
     torch._dynamo.reset()
+
+
+def test_automatic_takes_what_was_measured_fastest(measured):
+    assert "reference" not in dispatch.automatic("group_norm", X, 2)[:1]
+    here = tuned.group_norm_class(X.dtype, True, X.shape[1:], True)
+    there = tuned.group_norm_class(X.dtype, True, X.shape[1:], False)
+    tokens = tuned.attention_class(Q.dtype, 3, 4, True)
+    measured(group_norm={here: "reference"}, attention={tokens: "xformers"})
+    assert dispatch.automatic("group_norm", X, 2)[0] == "reference"
+    assert dispatch.automatic("attention", Q, Q, Q) == ("xformers", "torch", "reference")
+    assert dispatch.automatic("attention_qkv", QKV, 2)[0] == "xformers"
+    with torch.no_grad():
+        assert dispatch.automatic("group_norm", X, 2)[0] != "reference"
+    measured(group_norm={there: "reference"})
+    assert dispatch.automatic("group_norm", X, 2)[0] != "reference"
+    # What was measured but cannot run is passed over.
+    measured(attention={tokens: "xformers"})
+    torch.testing.assert_close(attention(Q, Q, Q), attention(Q, Q, Q, backend="reference"))
+
+
+def test_unmeasured_devices_have_their_own_order():
+    x, q = X.to("meta"), torch.empty(1, 2, 256, 4, device="meta")
+    assert dispatch.automatic("group_norm", X, 2)[0] in ("native", "torch")
+    assert dispatch.automatic("group_norm", x, 2) == ("triton", "torch", "reference")
+    assert dispatch.automatic("attention", q, q, q) == ("triton", "torch", "reference")
+    long = torch.empty(1, 2, 257, 4, device="meta")
+    assert dispatch.automatic("attention", q, long, long) == ("torch", "reference")
+    assert dispatch.automatic("attention", Q, Q, Q)[0] == "torch"
+
+
+def test_shape_classes():
+    assert tuned.group_norm_class(torch.bfloat16, False, (256, 32, 32), True) == (
+        "nhwc/bf16/backward/19"
+    )
+    assert tuned.group_norm_class(torch.float32, True, (3, 5, 5), False) == "nchw/fp32/forward/9"
+    assert tuned.attention_class(torch.float16, 65, 40, False) == "fp16/forward/S128/D64"
+
+
+@pytest.mark.parametrize(
+    ("arch", "nearest"),
+    (
+        ("sm_90", "sm_90"),
+        ("sm_89", "sm_80"),
+        ("sm_100", "sm_90"),
+        ("sm_75", "sm_80"),
+        ("cpu-avx2", "cpu-avx512"),
+        ("mps", None),
+    ),
+)
+def test_the_nearest_measured_architecture(arch, nearest, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    assert tuned.nearest(arch) is None
+    for name in ("cpu-avx512", "sm_80", "sm_90"):
+        (tmp_path / f"{name}.json").write_text('{"device": "a card"}')
+    assert tuned.nearest(arch) == nearest
+
+
+def test_env_says_what_was_measured(tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuned, "architecture", lambda device: "cpu-avx2")
+    tuned.measured.cache_clear()
+    assert tuned.describe(cpu) == "cpu-avx2: unmeasured"
+    (tmp_path / "cpu-avx512.json").write_text('{"device": "an EPYC"}')
+    text = "cpu-avx2: unmeasured, as cpu-avx512, measured on an EPYC"
+    assert tuned.describe(cpu) == text
+    (tmp_path / "cpu-avx2.json").write_text('{"device": "a Xeon"}')
+    assert tuned.describe(cpu) == "cpu-avx2: measured on a Xeon"
+    tuned.measured.cache_clear()

@@ -118,10 +118,11 @@ def test_attention_is_multi_head_attention_of_the_sum(head_channels):
         ):
             other.copy_(own)
     x, shortcut = torch.randn(2, 2, 16, 3, 5, dtype=torch.float64).unbind(0)
-    total = x + shortcut
+    bias = torch.randn(16, dtype=torch.float64)
+    total = x + bias[:, None, None] + shortcut
     tokens = F.group_norm(total, 8, ours.norm.weight, ours.norm.bias).flatten(2).mT
     expected = total + theirs(tokens, tokens, tokens)[0].mT.reshape(total.shape)
-    found = ours(x.contiguous(**CHANNELS_LAST), shortcut.contiguous(**CHANNELS_LAST))
+    found = ours(x.contiguous(**CHANNELS_LAST), shortcut.contiguous(**CHANNELS_LAST), bias)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     assert found.is_contiguous(**CHANNELS_LAST)
 
