@@ -3,11 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test bench lint clean
 
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml setup.py constraints.txt
+.venv/.installed: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) setuptools wheel
@@ -28,6 +28,10 @@ lint: .venv/.installed-test
 
 test: .venv/.installed-test
 	$(BIN)/pytest
+
+# On this machine's CPU; what a GPU does is measured by benchmarks/suite.py.
+bench: .venv/.installed-test
+	$(BIN)/pytest benchmarks --benchmark-only
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

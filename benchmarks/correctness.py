@@ -1,0 +1,265 @@
+"""What the part `correctness` checks on a device: errors against fp64, and what only a GPU shows.
+
+A row holds the worst output and the worst gradient of a case beside what is allowed, or "ok" and
+what was seen. Bounds and operands are those of `ddb_fast.kernels.check`.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+
+import closeness
+import contenders
+import shapes
+import speed
+import torch
+from rows import Item, Row
+from torch import Tensor
+
+from ddb_fast.kernels import attention_qkv, backends, check, group_norm
+
+# (N, C, H, W, groups): C / G of 1 to 48; 1, 2, 3, 32 and C groups; odd sides, one pixel, no sample.
+NORMS = (
+    (3, 128, 16, 16, 32),
+    (2, 256, 32, 32, 32),
+    (160, 128, 32, 32, 32),
+    (2, 32, 16, 16, 32),
+    (2, 96, 9, 7, 32),
+    (2, 192, 7, 5, 32),
+    (1, 21, 7, 5, 3),
+    (1, 12, 8, 6, 1),
+    (2, 576, 16, 16, 32),
+    (2, 42, 5, 9, 2),
+    (1, 84, 7, 5, 2),
+    (2, 1536, 8, 8, 32),
+    (3, 16, 1, 1, 4),
+    (2, 6, 7, 5, 6),
+    (2, 1024, 16, 16, 1),
+    (0, 32, 8, 8, 8),
+)
+# (B, H, S, D, S of k and v).
+ATTENTIONS = (
+    *((2, 2, s, d, s) for s in (1, 5, 64, 100, 256, 1024) for d in (64, 256)),
+    *((2, 3, s, d, s) for s in (64, 300) for d in (8, 16, 32, 40, 96, 128)),
+    (2, 2, 100, 64, 37),
+    (2, 2, 64, 64, 1000),
+)
+_OPTIONS = (
+    ("silu", "dropout", "pre_bias", "scale", "shift", "residual"),
+    ("silu", "dropout", "pre_bias", "scale", "shift"),
+    (),
+)
+
+
+def case_items(
+    device: torch.device,
+    norms: Iterable[tuple[int, ...]] = NORMS,
+    attentions: Iterable[tuple[int, ...]] = ATTENTIONS,
+) -> Iterator[Item]:
+    """Every available backend on every shape, dtype and layout."""
+    sizes = {"group_norm": tuple(norms), "attention": tuple(attentions)}
+    for dtype in ("bf16", "fp32", "fp16"):
+        for op, available in backends().items():
+            for backend in (
+                b for b, reasons in available.items() if not reasons and b != "reference"
+            ):
+                for layout in check.LAYOUTS[op]:
+                    for shape in sizes[op]:
+                        if op == "attention" and layout == "packed" and shape[2] != shape[4]:
+                            continue
+                        choices = _OPTIONS if op == "group_norm" else ((),)
+                        cases = [
+                            check.Case(op, backend, shape, dtype, layout, options)
+                            for options in choices
+                        ]
+                        size = "x".join(map(str, shape))
+                        key = f"{op} {backend} {dtype} {layout} {size}"
+                        yield key, functools.partial(_case_row, device, cases)
+    for backend in ("triton", "native"):
+        if not backends()["group_norm"][backend]:
+            for layout in check.LAYOUTS["group_norm"]:
+                case = check.Case("group_norm", backend, (2, 64, 16, 16, 8), "fp32", layout)
+                far = check.Case(**{**vars(case), "offset": 1000.0})
+                yield (
+                    f"mean/std 1000 {backend} {layout}",
+                    functools.partial(_case_row, device, [far]),
+                )
+
+
+def _case_row(device: torch.device, cases: list[check.Case]) -> Row:
+    found = []
+    for case in cases:
+        try:
+            found += check.findings(case, device)
+        except ValueError as refusal:
+            return {"ok": True, "refused": str(refusal)}
+    row: Row = {"ok": all(f.ok for f in found)}
+    for name, kind in (("output", False), ("gradient", True)):
+        worst = max((f for f in found if f.is_gradient == kind), key=lambda f: f.error / f.bound)
+        row |= {name: worst.error, f"{name} bound": worst.bound}
+    exceeded = sorted({f.name for f in found if not f.ok})
+    return row | ({"exceeded": exceeded} if exceeded else {})
+
+
+def special_items(device: torch.device) -> Iterator[Item]:
+    """Repetition, the compiler and, on a GPU, sizes beyond 32 bits and replayed graphs."""
+    norm = "triton" if device.type == "cuda" else "native"
+    heads = "triton" if device.type == "cuda" else "torch"
+    for options in ((), ("residual",)):
+        text = "+".join(options) or "plain"
+        yield f"group_norm twice, {text}", functools.partial(_norm_twice, device, norm, options)
+    for s in (64, 300):
+        yield f"attention twice, S {s}", functools.partial(_attention_twice, device, heads, s)
+    yield "torch.compile fullgraph", functools.partial(_fullgraph, device, norm, heads)
+    yield "opcheck", functools.partial(_opcheck, device)
+    if device.type != "cuda":
+        return
+    for layout in contenders.LAYOUTS:
+        yield f"group_norm numel > 2^31, {layout}", functools.partial(_large, device, layout)
+    for s in (64, 300):
+        yield f"attention batch * heads > 65535, S {s}", functools.partial(_many, device, s)
+    yield "graph replay of dropout", functools.partial(_replay, device)
+
+
+def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> Row:
+    differing = [name for name in first if not torch.equal(first[name], second[name])]
+    return {"ok": not differing, "differing": differing}
+
+
+def _norm_twice(device: torch.device, backend: str, options: tuple[str, ...]) -> Row:
+    for shape in ((160, 128, 32, 32, 32), (2, 512, 32, 32, 32), (4, 256, 8, 8, 32)):
+        names = ("silu", "dropout", "pre_bias", *options)
+        case = check.Case("group_norm", backend, shape, "bf16", "channels_last", names)
+        given = check.operands(case, device)
+        row = _same(check.call(case, backend, given), check.call(case, backend, given))
+        if not row["ok"]:
+            return row
+    return row
+
+
+def _attention_twice(device: torch.device, backend: str, s: int) -> Row:
+    case = check.Case("attention", backend, (8, 4, s, 64, s), "bf16", "packed")
+    given = check.operands(case, device)
+    return _same(check.call(case, backend, given), check.call(case, backend, given))
+
+
+def _fullgraph(device: torch.device, norm: str, heads: str) -> Row:
+    """One graph for two batch sizes marked dynamic, with eager's outputs and gradients."""
+    torch.compiler.reset()
+    graphs = 0
+
+    def count(module: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        h = group_norm(x, 8, weight, bias, activation="silu", backend=norm)
+        tokens = h.flatten(2).mT
+        return attention_qkv(torch.cat([tokens] * 3, 2), 2, backend=heads)
+
+    draw = functools.partial(torch.randn, device=device)
+    weight, bias = draw(64, requires_grad=True), draw(64, requires_grad=True)
+    for compiler in (count, "inductor"):
+        compiled = torch.compile(block, fullgraph=True, backend=compiler)
+        for n in (4, 6):
+            x = draw(n, 64, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+            torch._dynamo.mark_dynamic(x, 0)
+            expected, actual = block(x, weight, bias), compiled(x, weight, bias)
+            leaves, dy = (x, weight, bias), torch.randn_like(expected)
+            pairs = zip(
+                (expected, *torch.autograd.grad(expected, leaves, dy)),
+                (actual, *torch.autograd.grad(actual, leaves, dy)),
+                strict=True,
+            )
+            off = max(check.error(b, a.double()) for a, b in pairs)
+            if not off <= 1e-4:
+                return {"ok": False, "off": off}
+    return {"ok": graphs == 1, "graphs": graphs, "off": off}
+
+
+def _opcheck(device: torch.device) -> Row:
+    """All utilities of torch.library.opcheck on the registered group norm."""
+    draw = functools.partial(torch.randn, device=device, requires_grad=True)
+    modules = {"cuda": "triton_group_norm", "cpu": "native"}
+    # Registered when it is imported, which is when it is first used.
+    import_module(f"ddb_fast.kernels.{modules[device.type]}")
+    names = {"cuda": "group_norm_triton", "cpu": "group_norm_native"}
+    op = getattr(torch.ops.ddb_fast, names[device.type]).default
+    for layout in contenders.LAYOUTS.values():
+        x, residual = (
+            draw(2, 8, 4, 3).detach().contiguous(memory_format=layout).requires_grad_()
+            for _ in range(2)
+        )
+        vectors = (draw(2, 8), draw(8), draw(8), draw(2, 8), draw(2, 8))
+        seed = torch.tensor(3, device=device)
+        torch.library.opcheck(op, (x, *[None] * 7, 4, 1e-5, False, 0.0, False))
+        torch.library.opcheck(op, (x, residual, *vectors, seed, 4, 1e-5, True, 0.3, True))
+    return {"ok": True, "op": str(op)}
+
+
+def _large(device: torch.device, layout: str) -> Row:
+    shape = shapes.GroupNorm(2100, 256, 64, 64, 32)
+    contender = contenders.Contender("triton", contenders.ours("triton", 32, ("silu",)), layout)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def image() -> Tensor:
+        x = torch.empty(
+            (shape.n, shape.c, shape.h, shape.w),
+            dtype=torch.bfloat16,
+            device=device,
+            memory_format=contenders.LAYOUTS[layout],
+        )
+        return x.normal_(generator=generator)
+
+    operands = {"x": image(), "dy": image()}
+    operands |= {name: torch.randn(shape.c, device=device) for name in ("weight", "bias")}
+    off = speed.norm_off(shape, ("silu",), contender, operands, "both")
+    return {"ok": True, "off": off, "numel": shape.elements}
+
+
+def _many(device: torch.device, s: int) -> Row:
+    shape = shapes.Attention(4112, 16, s, 16)
+    operands = contenders.attention_operands(shape, torch.bfloat16, device)
+    off = closeness.assert_close(
+        contenders.our_attention("triton"),
+        operands,
+        contenders.our_attention("reference"),
+        gradients=True,
+    )
+    return {"ok": True, "off": off, "batch * heads": shape.b * shape.h}
+
+
+def _replay(device: torch.device) -> Row:
+    """A replayed graph draws the mask of the seed it finds; without a seed, a new one each time."""
+    x = torch.randn(4, 64, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
+    seed = torch.tensor(0, device=device)
+
+    def drop(seed: Tensor | None) -> Tensor:
+        return group_norm(x, 8, dropout_p=0.5, seed=seed, backend="triton")
+
+    found = {}
+    for name, given in (("seed", seed), ("default generator", None)):
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            drop(given)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = drop(given)
+        masks = []
+        for number in (1, 2):
+            seed.fill_(number)
+            graph.replay()
+            masks.append(y.clone())
+            if given is not None and not torch.equal(y, drop(seed)):
+                return {"ok": False, "differs from eager": number}
+        found[name] = not torch.equal(*masks)
+    return {"ok": all(found.values()), "new masks": found}
+
+
+def items(device: torch.device) -> Iterator[Item]:
+    """All items of the part `correctness`."""
+    yield from special_items(device)
+    yield from case_items(device)

@@ -1,0 +1,193 @@
+"""Rows of the suite as Markdown: one page a part under results/<device>/."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import rows
+from rows import Row
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def table(header: Iterable[str], body: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table; numbers with three digits, None as a dash."""
+    lines = [list(header)]
+    lines += [["---"] * len(lines[0]), *([_text(cell) for cell in line] for line in body)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _text(cell: Any) -> str:
+    if cell is None:
+        return "-"
+    if not isinstance(cell, float):
+        return str(cell).replace("|", "\\|")
+    return f"{cell:.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
+
+
+def page(measured_on: Row, part: str, found: list[Row], command: str) -> str:
+    """The page of a part: what it was measured on, its tables, and what could not be measured."""
+    versions = ", ".join(f"{k} {measured_on[k]}" for k in ("torch", "triton", "cuda", "python"))
+    head = f"# {part}\n\n{measured_on['device']}; {versions}. Written by `{command}`.\n"
+    good = [row for row in found if "error" not in row]
+    text = _TABLES[part](good)
+    failed = [(row["key"], row["error"]) for row in found if "error" in row]
+    if failed:
+        text += "\n## Not measured\n" + table(("row", "reason"), failed)
+    return f"{head}\n{text}"
+
+
+def _kernels(found: list[Row]) -> str:
+    """A line for each shape, microseconds of every contender side by side."""
+    text = (
+        "Microseconds, medians. CE: the time of ours over that of y.copy_(x) on a tensor like x. "
+        "ours / best: time of the fastest other contender over ours, above 1 where ours wins.\n"
+    )
+    groups: dict[tuple, dict[str, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
+    for row in found:
+        if "op" in row:
+            title = (row["op"], row["dtype"], row["options"], row["direction"])
+            groups[title][row["shape"]][row["contender"]] = row
+    for title, by_shape in groups.items():
+        names = list(dict.fromkeys(name for shape in by_shape.values() for name in shape))
+        body = []
+        for shape, by_name in by_shape.items():
+            own = [by_name[n] for n in by_name if n.split("/")[0] in ("triton", "native")]
+            other = [x["us"] for n, x in by_name.items() if x not in own]
+            first = min(own, key=lambda row: row["us"]) if own else {}
+            body.append(
+                [
+                    shape,
+                    *(by_name.get(name, {}).get("us") for name in names),
+                    first.get("CE"),
+                    first.get("GB/s"),
+                    first.get("TFLOP/s"),
+                    min(other) / first["us"] if first and other else None,
+                ]
+            )
+        header = ("shape", *names, "CE", "GB/s", "TFLOP/s", "ours / best")
+        text += f"\n## {' '.join(filter(None, title))}\n" + table(header, body)
+    host = [(r["host"], r["contender"], r["direction"], r["us"]) for r in found if "host" in r]
+    if host:
+        header = ("op", "contender", "direction", "us")
+        text += "\n## Host cost of an eager call\n" + table(header, host)
+    absent = [(row["absent"], row["why"]) for row in found if "absent" in row]
+    if absent:
+        text += "\n## Absent\n" + table(("contender", "why"), absent)
+    return text
+
+
+def _cpu(found: list[Row]) -> str:
+    text = (
+        "Milliseconds of native, in C++, beside eager torch and torch.compile, taken in turns. "
+        "native / best: time of the fastest other in any layout over native's in channels_last.\n"
+    )
+    groups: dict[tuple, list[Row]] = defaultdict(list)
+    for row in found:
+        groups[row["dtype"], row["direction"]].append(row)
+    for (dtype, direction), part in groups.items():
+        names = list(part[0]["us"])
+        body = []
+        for row in part:
+            other = min(us for name, us in row["us"].items() if not name.startswith("native"))
+            ratio = other / row["us"]["native/nhwc"]
+            body.append([row["shape"], *(row["us"][name] / 1e3 for name in names), ratio])
+        text += f"\n## {dtype} {direction}\n" + table(("shape", *names, "native / best"), body)
+        gains = sorted(line[-1] for line in body)
+        text += f"\nMedian native / best: {gains[len(gains) // 2]:.2f}, least {gains[0]:.2f}.\n"
+    return text
+
+
+def _correctness(found: list[Row]) -> str:
+    """Counts, and every row that is not within its bounds."""
+    counts = Counter("ok" if row["ok"] else "FAILED" for row in found)
+    text = ", ".join(f"{n} {name}" for name, n in counts.items()) + "\n\n"
+    worst: dict[str, Row] = {}
+    for row in found:
+        if "output" in row:
+            name = " ".join(row["key"].split()[:4])
+            before = worst.setdefault(name, row)
+            ratio = row["gradient"] / row["gradient bound"]
+            if ratio > before["gradient"] / before["gradient bound"]:
+                worst[name] = row
+    names = ("output", "output bound", "gradient", "gradient bound")
+    body = [(name, *(f"{row[n]:.1e}" for n in names)) for name, row in worst.items()]
+    text += table(("worst of", *names), body)
+    others = [row for row in found if "output" not in row or not row["ok"]]
+    lines = [(row["key"], row["ok"], _details(row, {"key", "took", "ok"})) for row in others]
+    return text + "\n" + table(("case", "ok", "what"), lines)
+
+
+def _details(row: Row, without: set[str]) -> str:
+    return ", ".join(f"{k} {_text(x)}" for k, x in row.items() if k not in without)
+
+
+def _tune(found: list[Row]) -> str:
+    """For each shape the fastest configuration beside the default one and torch."""
+    groups: dict[tuple, list[Row]] = defaultdict(list)
+    for row in found:
+        names = [row[k] for k in ("op", "shape", "dtype", "layout", "direction") if k in row]
+        groups[" ".join(names), row["class"]].append(row)
+    body = []
+    for (name, shape_class), part in groups.items():
+        own = [row for row in part if row["backend"] == "triton"]
+        other = [row["us"] for row in part if row["backend"] == "torch"]
+        first = min(own, key=lambda row: row["us"], default=None)
+        default = next((row["us"] for row in own if not row["configuration"]), None)
+        choice = first and " ".join(f"{k}={x}" for k, x in first["configuration"].items())
+        body.append(
+            (name, shape_class, min(other, default=None), default, first and first["us"], choice)
+        )
+    return table(("what", "class", "torch us", "default us", "best us", "best"), body)
+
+
+def _networks(found: list[Row]) -> str:
+    """Every figure of every form, and how many times faster ours is at the same batch."""
+    names = [k for k in found[0] if k not in ("key", "took", "form", "batch")] if found else []
+    for row in found:
+        names += [k for k in row if k not in (*names, "key", "took", "form", "batch")]
+    ours = {row["batch"]: row["images/s"] for row in found if row["form"] == "ours"}
+    body = [
+        (
+            row["form"],
+            row["batch"],
+            *(row.get(name) for name in names),
+            ours[row["batch"]] / row["images/s"] if row["batch"] in ours else None,
+        )
+        for row in found
+    ]
+    return table(("form", "batch", *names, "ours is faster"), body)
+
+
+_TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "correctness": _correctness,
+    "kernels": _kernels,
+    "tune": _tune,
+    "step": _networks,
+    "sampling": _networks,
+    "cpu": _cpu,
+}
+
+
+def merge(out: Path, command: str, results: Path = RESULTS) -> list[Path]:
+    """Write a page for every file of rows in `out`; returns the pages.
+
+    Raises ValueError if there is none, or a file is not one that the suite wrote.
+    """
+    written = []
+    for part in _TABLES:
+        path = out / f"{part}.jsonl"
+        if not path.exists():
+            continue
+        measured_on, found = rows.read(path)
+        device = re.sub(r"[^a-z0-9]+", "-", measured_on["device"].lower()).strip("-")
+        page_path = results / device / f"{part}.md"
+        page_path.parent.mkdir(parents=True, exist_ok=True)
+        text = page(measured_on, part, list(found.values()), command)
+        page_path.write_text(text, "utf-8")
+        written.append(page_path)
+    if not written:
+        raise ValueError(f"{out}: no rows of the suite in it")
+    return written

@@ -1,0 +1,268 @@
+"""What the part `tune` measures, and the table that `kernels/tuned.py` reads, from its rows.
+
+A row is one shape on one backend with one configuration. Rows of the shapes that share a key or a
+class are pooled by the geometric mean of their times; what is used without a measurement stays
+unless something else is faster by more than noise.
+"""
+
+import functools
+import itertools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import contenders
+import measure
+import shapes
+import speed
+import torch
+from contenders import Contender
+from rows import Item, Row
+from torch import Tensor
+
+from ddb_fast.kernels import dispatch, tuned
+
+# Two measurements of one call differ by less.
+NOISE = 1.03
+_DEFAULT: Mapping[str, int] = {}
+# What `kernels/triton_group_norm.py` and `kernels/triton_attention.py` take, besides their own
+# choice.
+_NORMS = (
+    _DEFAULT,
+    *({"split": 0, "num_warps": w, "per_lane": p} for w in (4, 8, 16) for p in (8, 16)),
+    *({"split": 1, "num_warps": 4, "per_lane": p} for p in (8, 16)),
+)
+_ATTENTIONS = (_DEFAULT, *({"num_warps": w, "num_stages": s} for w in (4, 8) for s in (1, 2, 3)))
+
+
+@contextmanager
+def trying(configuration: Mapping[str, int]) -> Iterator[set[tuple[str, str]]]:
+    """Launch every kernel with this configuration; yields which (kernel, key) asked for one."""
+    asked = set()
+
+    def answer(kernel: str, device: torch.device, key: str) -> Mapping[str, int] | None:
+        asked.add((kernel, key))
+        return configuration or None
+
+    before, tuned.configuration = tuned.configuration, answer
+    _forget()
+    try:
+        yield asked
+    finally:
+        tuned.configuration = before
+        _forget()
+
+
+def _forget() -> None:
+    from ddb_fast.kernels import triton_attention
+
+    triton_attention.forward_blocks.cache_clear()
+    triton_attention.backward_blocks.cache_clear()
+
+
+def norm_items(
+    device: torch.device,
+    dtypes: Sequence[str],
+    groups: Iterable[tuple[str, shapes.GroupNorm]],
+    layouts: Sequence[str],
+) -> Iterator[Item]:
+    """Triton with every different configuration, and torch, on every shape, dtype and layout."""
+    from ddb_fast.kernels import triton_group_norm
+
+    kinds = itertools.product(dtypes, layouts, groups, (False, True))
+    for dtype, layout, (_, shape), backward in kinds:
+        x = torch.empty(
+            (shape.n, shape.c, shape.h, shape.w),
+            dtype=speed.DTYPES[dtype],
+            device=device,
+            memory_format=contenders.LAYOUTS[layout],
+        )
+        plan = functools.partial(
+            triton_group_norm.plan, x, shape.g, backward=backward, dropout=False
+        )
+        row = {
+            "op": "group_norm", "shape": str(shape), "dtype": dtype, "layout": layout,
+            "class": tuned.group_norm_class(x.dtype, x.is_contiguous(), x.shape[1:], backward),
+            "direction": "backward" if backward else "forward",
+        }  # fmt: skip
+        yield from _tried(row, _NORMS, plan, functools.partial(_norm_timing, device, shape))
+
+
+def attention_items(
+    device: torch.device, dtypes: Sequence[str], groups: Iterable[tuple[str, shapes.Attention]]
+) -> Iterator[Item]:
+    """Triton with every different configuration, and torch, on every shape and dtype."""
+    from ddb_fast.kernels import triton_attention
+
+    directions = {
+        "forward": triton_attention.forward_blocks,
+        "backward": triton_attention.backward_blocks,
+    }
+    for dtype, (_, shape), direction in itertools.product(dtypes, groups, directions):
+        kind = speed.DTYPES[dtype]
+        blocks = functools.partial(directions[direction], kind, shape.s, shape.s, shape.d, device)
+        row = {
+            "op": "attention", "shape": str(shape), "dtype": dtype, "direction": direction,
+            "class": tuned.attention_class(kind, shape.s, shape.d, direction == "backward"),
+        }  # fmt: skip
+        timing = functools.partial(_attention_timing, device, shape)
+        yield from _tried(row, _ATTENTIONS, blocks, timing)
+
+
+def _tried(
+    about: Row,
+    candidates: Iterable[Mapping[str, int]],
+    plan: Callable[[], Hashable],
+    timing: Callable[[Row], measure.Timing],
+) -> Iterator[Item]:
+    """A row for torch, and one for each candidate that leads to another plan."""
+    different = {}
+    for configuration in candidates:
+        with trying(configuration) as asked:
+            different.setdefault(plan(), (configuration, sorted(asked)))
+    for backend, choices in (("torch", [(_DEFAULT, [])]), ("triton", different.values())):
+        for configuration, asked in choices:
+            row = {**about, "backend": backend, "configuration": configuration, "asked": asked}
+            names = [row[k] for k in ("op", "shape", "dtype", "layout", "direction") if k in row]
+            key = " ".join([*names, backend, json.dumps(configuration)])
+            yield key, functools.partial(_row, row, timing)
+
+
+def _row(row: Row, timing: Callable[[Row], measure.Timing]) -> Row:
+    with trying(row["configuration"]):
+        return {**row, **timing(row).row()}
+
+
+def _norm_timing(device: torch.device, shape: shapes.GroupNorm, row: Row) -> measure.Timing:
+    run = contenders.ours(row["backend"], shape.g, ("silu",))
+    contender = Contender(f"{row['backend']}/{row['layout']}", run, row["layout"])
+
+    def operands(seed: int) -> dict[str, Tensor]:
+        return contenders.norm_operands(
+            shape, speed.DTYPES[row["dtype"]], ("silu",), contender, device, seed
+        )
+
+    size = shape.elements * speed.DTYPES[row["dtype"]].itemsize
+    speed.norm_off(shape, ("silu",), contender, operands(0), row["direction"])
+    return speed.time_contender(device, contender, row["direction"], operands, 3 * size)
+
+
+def _attention_timing(device: torch.device, shape: shapes.Attention, row: Row) -> measure.Timing:
+    contender = contenders.our_attention(row["backend"])
+
+    def operands(seed: int) -> dict[str, Tensor]:
+        return contenders.attention_operands(shape, speed.DTYPES[row["dtype"]], device, seed)
+
+    size = shape.elements * speed.DTYPES[row["dtype"]].itemsize
+    speed.attention_off(contender, operands(0), row["direction"])
+    return speed.time_contender(device, contender, row["direction"], operands, 7 * size)
+
+
+def items(device: torch.device) -> Iterator[Item]:
+    """All items of the part `tune`: what the U-Nets train in first, winners before candidates."""
+    norms, heads = shapes.unique(shapes.GROUP_NORM), shapes.unique(shapes.ATTENTION)
+    for dtype in ("bf16", "fp16", "fp32"):
+        found = [
+            *attention_items(device, (dtype,), heads),
+            *norm_items(device, (dtype,), norms, ("nhwc", "nchw")),
+        ]
+        yield from sorted(found, key=lambda item: not item[0].endswith("{}"))
+
+
+def best(times: Sequence[Mapping[str, float]], order: Sequence[str]) -> str | None:
+    """Pool the times of several shapes: the first of `order`, unless another beats it by NOISE.
+
+    Only what was measured on every shape takes part; None if nothing was.
+    """
+    common = [name for name in order if times and all(name in shape for shape in times)]
+    if not common:
+        return None
+    pooled = {
+        name: math.exp(sum(math.log(shape[name]) for shape in times) / len(times))
+        for name in common
+    }
+    fastest = min(common, key=pooled.__getitem__)
+    return common[0] if pooled[common[0]] <= NOISE * pooled[fastest] else fastest
+
+
+def from_gpu(measured: Iterable[Row]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(winners, configurations) of the rows of the part `tune`.
+
+    A class "backward" is a call that will be differentiated: forward and backward count together.
+    """
+    pools: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(dict)
+    timed = [row for row in measured if "us" in row]
+    for row in timed:
+        tried = json.dumps(row["configuration"])
+        for kernel, key in row["asked"]:
+            pools[kernel, key].setdefault(row["shape"], {})[tried] = row["us"]
+    configurations: dict[str, Any] = defaultdict(dict)
+    for (kernel, key), by_shape in pools.items():
+        tried = dict.fromkeys(name for shape in by_shape.values() for name in shape)
+        chosen = best(list(by_shape.values()), [json.dumps(_DEFAULT), *tried])
+        if chosen is not None and json.loads(chosen):
+            configurations[kernel][key] = json.loads(chosen)
+
+    times: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(dict)
+    for row in timed:
+        used = [configurations.get(kernel, {}).get(key, _DEFAULT) for kernel, key in row["asked"]]
+        if all(row["configuration"] == one for one in used):
+            times[row["op"], row["class"]].setdefault(row["shape"], {})[row["backend"]] = row["us"]
+    winners: dict[str, Any] = defaultdict(dict)
+    for (op, shape_class), by_shape in times.items():
+        if "/backward/" in shape_class:
+            forward = times.get((op, shape_class.replace("/backward/", "/forward/")), {})
+            by_shape = {
+                shape: {
+                    name: us + forward[shape][name]
+                    for name, us in backward.items()
+                    if name in forward.get(shape, {})
+                }
+                for shape, backward in by_shape.items()
+            }
+        chosen = best(list(by_shape.values()), _order(op, shape_class))
+        if chosen is not None:
+            winners[op][shape_class] = chosen
+    return dict(winners), dict(configurations)
+
+
+def _order(op: str, shape_class: str) -> tuple[str, ...]:
+    # As `dispatch.automatic` tries them where nothing was measured.
+    if op == "group_norm":
+        return "triton", "torch"
+    length = int(shape_class.split("/S")[1].split("/")[0])
+    return ("triton", "torch") if length <= dispatch._SHORT else ("torch", "triton")
+
+
+def from_cpu(measured: Iterable[Row]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(winners, configurations) of the rows of the part `cpu`; there is nothing to configure."""
+    pools: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for row in measured:
+        for layout, shape_class in row.get("classes", {}).items():
+            times = {name: row["us"][f"{name}/{layout}"] for name in ("native", "torch")}
+            pools[shape_class].append(times)
+    winners = {name: best(times, ("native", "torch")) for name, times in pools.items()}
+    return {"group_norm": winners}, {}
+
+
+def write(
+    measured_on: Row, command: str, tables: tuple[dict[str, Any], dict[str, Any]], folder: Path
+) -> Path:
+    """Write the table of this device's architecture for `kernels/tuned.py`, return its path."""
+    winners, configurations = ({k: _sorted(v) for k, v in table.items()} for table in tables)
+    table = {
+        **{k: measured_on[k] for k in ("device", "torch", "triton")}, "command": command,
+        "winners": winners, "configurations": configurations,
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{tuned.architecture(torch.device(measured_on['type'], 0))}.json"
+    path.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+    return path
+
+
+def _sorted(table: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(sorted(table.items()))

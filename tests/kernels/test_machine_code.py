@@ -1,0 +1,112 @@
+"""The gate on the Triton kernels' machine code: that it passes, and that each rule can fail.
+
+Kernels are compiled in processes without the interpreter, for GPUs that need not be there.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+BENCHMARKS = HERE.parents[1] / "benchmarks"
+
+
+def compiled(*command):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def planted():
+    answer = compiled(HERE / "planted_kernels.py", BENCHMARKS)
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    (
+        ("narrow", ["p_x is moved [16] bits at a time", "p_y is moved [16] bits at a time"]),
+        ("narrow stores", ["p_y is moved [16] bits at a time"]),
+        ("fp32 default", ["fp32 product with tf32: write out ieee or tf32x3"]),
+        ("no HGMMA", ["1 products with 64 rows or more, 0 HGMMA"]),
+        ("shared memory", ["8192 bytes of shared memory, sm_90 has 4096"]),
+    ),
+)
+def test_each_rule_fires(planted, kernel, expected):
+    found = planted[kernel]["violations"]
+    assert [text for text in found if text != "no 128-bit access in the machine code"] == expected
+
+
+def test_spills_are_found_and_forbidden_in_half_precision_only(planted):
+    assert planted["spills"]["violations"] == [f"{planted['spills']['spills']} spills"]
+    assert planted["spills"]["spills"] > 0
+    assert planted["fp32 ieee"]["spills"] > 0
+    assert planted["fp32 ieee"]["violations"] == []
+
+
+@pytest.mark.parametrize("kernel", ("clean", "allowed narrow", "fp32 tf32x3", "HGMMA"))
+def test_what_keeps_the_rules_passes(planted, kernel):
+    assert planted[kernel]["violations"] == []
+
+
+def test_the_facts_are_read_from_the_machine_code(planted):
+    clean, product = planted["clean"], planted["HGMMA"]
+    assert clean["widths"] == {"p_x": [128], "p_y": [128]}
+    assert clean["opcodes"]["LDG.128"] == 1 and clean["opcodes"]["STG.128"] == 1
+    assert 8 <= clean["registers"] <= 32 and clean["shared"] == 0 and clean["spills"] == 0
+    assert product["opcodes"]["HGMMA"] >= 1
+    assert [(dot["m"], dot["operand"]) for dot in product["dots"]] == [(64, "bf16")]
+    assert planted["allowed narrow"]["widths"]["p_x"] == [16]
+    precisions = [
+        planted[f"fp32 {name}"]["dots"][0]["precision"] for name in ("default", "ieee", "tf32x3")
+    ]
+    assert precisions == ["tf32", "ieee", "tf32x3"]
+
+
+@pytest.mark.parametrize(
+    ("call", "arch"),
+    (
+        ("group_norm bf16 nhwc silu+pre_bias+dropout 128x512x8x8", "sm_80"),
+        ("group_norm bf16 nhwc silu 128x128x64x64", "sm_90"),
+        ("group_norm bf16 nchw residual+return_sum 2x256x32x32", "sm_100"),
+        ("attention bf16 packed 128x3x256x64", "sm_90"),
+    ),
+)
+def test_shipped_kernels_pass(tmp_path, call, arch):
+    report = tmp_path / "rows.json"
+    answer = compiled(
+        BENCHMARKS / "machine_code.py",
+        *("--arch", arch, "--only", call, "--jobs", "1", "--json", report),
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    rows = json.loads(report.read_text())
+    assert len(rows) >= 2, "a forward and a backward"
+    assert {row["arch"] for row in rows} == {arch}
+    assert all(any(call in text for text in row["calls"]) for row in rows)
+
+
+def test_violations_end_with_exit_1():
+    code = (
+        "import sys, machine_code as gate; gate.violations = lambda *a: ['it rains'];"
+        "sys.exit(gate.main(['--arch', 'sm_90', '--only', 'silu 128x512x8x8', '--jobs', '1']))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(BENCHMARKS)},
+    )
+    assert answer.returncode == 1, answer.stderr
+    assert answer.stdout.splitlines()[-1].endswith("it rains")
+    assert "TRITON_INTERPRET is ignored" in answer.stderr
+
+
+def test_a_kernel_that_cannot_be_built_is_a_violation(planted):
+    assert planted["broken"]["violations"][0].startswith("cannot be built: CompilationError")

@@ -1,0 +1,383 @@
+"""The benchmark suite: rows that survive, contenders that must be right, tables worked by hand."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import closeness
+import contenders
+import correctness
+import merge
+import networks
+import pytest
+import rows
+import shapes
+import speed
+import suite
+import torch
+import tune
+
+from ddb_fast.kernels import tuned
+
+CPU = torch.device("cpu")
+HERE = {
+    "device": "A Chip (TM) 2", "type": "cpu", "torch": "2", "cuda": None, "triton": "3",
+    "python": "3.12",
+}  # fmt: skip
+SHAPE = shapes.GroupNorm(2, 16, 4, 4, 4)
+HEADS = shapes.Attention(2, 2, 16, 16)
+
+
+def keep(path, measured_on=HERE):
+    return rows.Rows(path / "kernels.jsonl", measured_on)
+
+
+def measured(path, items, seconds=60.0):
+    kept = keep(path)
+    left = rows.measure_all(kept, items, seconds=seconds, device=CPU)
+    return kept, left
+
+
+def test_a_row_is_on_the_disk_when_the_next_is_measured(tmp_path):
+    def second():
+        on_disk = rows.read(tmp_path / "kernels.jsonl")[1]
+        return {"seen": list(on_disk)}
+
+    kept, left = measured(tmp_path, [("a", lambda: {"us": 1.0}), ("b", second)])
+    assert kept.rows["b"]["seen"] == ["a"]
+    assert left == []
+
+
+def test_a_repeated_call_continues_behind_a_torn_line(tmp_path):
+    measured(tmp_path, [("a", lambda: {"us": 1.0})])
+    path = tmp_path / "kernels.jsonl"
+    path.write_text(path.read_text() + '{"key": "b", "us"')
+    called = []
+    items = [(key, lambda key=key: called.append(key) or {"us": 2.0}) for key in "abc"]
+    kept, left = measured(tmp_path, items)
+    assert called == ["b", "c"]
+    assert (list(kept.rows), left) == (["a", "b", "c"], [])
+    assert list(rows.read(path)[1]) == ["a", "b", "c"]
+
+
+def test_rows_of_another_device_are_refused(tmp_path):
+    keep(tmp_path)
+    with pytest.raises(ValueError, match=r"device 'A Chip \(TM\) 2', here 'B'\); choose another"):
+        keep(tmp_path, {**HERE, "device": "B"})
+    (tmp_path / "other.jsonl").write_text('{"key": "a"}\n')
+    with pytest.raises(ValueError, match="does not say what was measured on"):
+        rows.read(tmp_path / "other.jsonl")
+
+
+def endless():
+    while True:
+        pass
+
+
+def test_what_is_not_done_in_time_is_left_or_given_up(tmp_path):
+    """Left for the next call, but given up if it had a call's whole time."""
+    items = [("fast", dict), ("endless", endless), ("last", dict)]
+    kept, left = measured(tmp_path, items, seconds=0.3)
+    assert (list(kept.rows), left) == (["fast"], ["endless", "last"])
+    kept, left = measured(tmp_path, items, seconds=0.3)
+    assert kept.rows["endless"]["error"] == "TimeoutError: not done after 0 s"
+    assert left == ["last"]
+    assert measured(tmp_path, items)[1] == []
+
+
+def test_a_wrapped_timeout_is_no_failure(tmp_path):
+    def wrapped():
+        try:
+            endless()
+        except TimeoutError as error:
+            raise RuntimeError("the compiler failed") from error
+
+    kept, left = measured(tmp_path, [("fast", dict), ("wrapped", wrapped)], seconds=0.3)
+    assert (list(kept.rows), left) == (["fast"], ["wrapped"])
+
+
+def test_a_failure_is_a_row(tmp_path):
+    def fail():
+        raise RuntimeError("out of\n   memory")
+
+    kept, _ = measured(tmp_path, [("a", fail), ("b", dict)])
+    assert kept.rows["a"]["error"] == "RuntimeError: out of memory"
+    assert "b" in kept
+
+
+def norm_off(run, options=("silu",), direction="both"):
+    contender = contenders.Contender("other", run)
+    operands = contenders.norm_operands(SHAPE, torch.float32, options, contender, CPU)
+    return speed.norm_off(SHAPE, options, contender, operands, direction)
+
+
+def test_a_wrong_contender_is_not_timed():
+    """Among the wrong ones: right output with a wrong gradient, NaN, and too little dropout."""
+    right = contenders.ours("torch", SHAPE.g, ("silu",))
+    assert norm_off(right) < 1e-6
+    with pytest.raises(closeness.NotClose, match="other: y is off by"):
+        norm_off(contenders.ours("torch", SHAPE.g, ()))
+    with pytest.raises(closeness.NotClose, match="y is off by nan"):
+        norm_off(lambda operands: right(operands) * float("nan"))
+
+    def wrong_gradient(operands):
+        return right({**operands, "x": torch.lerp(operands["x"].detach(), operands["x"], 0.5)})
+
+    norm_off(wrong_gradient, direction="forward")
+    with pytest.raises(closeness.NotClose, match="d_x is off by"):
+        norm_off(wrong_gradient)
+    dropping = ("silu", "dropout")
+    with pytest.raises(closeness.NotClose, match=r"keeps 1\.000, dropout 0\.15"):
+        norm_off(
+            lambda operands: right({k: x for k, x in operands.items() if k != "seed"}), dropping
+        )
+
+
+def test_a_wrong_attention_is_not_timed():
+    operands = contenders.attention_operands(HEADS, torch.float32, CPU)
+    assert speed.attention_off(contenders.our_attention("torch"), operands, "both") < 1e-5
+    swapped = contenders.Contender("swapped", lambda given: contenders.our_attention("torch").run(
+        {**given, "q": given["k"], "k": given["q"]}))  # fmt: skip
+    with pytest.raises(closeness.NotClose, match="swapped: y is off by"):
+        speed.attention_off(swapped, operands, "forward")
+
+
+def test_the_fastest_wins_unless_it_is_noise():
+    pair = ("triton", "torch")
+    assert tune.best([{"triton": 102.0, "torch": 100.0}], pair) == "triton"
+    assert tune.best([{"triton": 104.0, "torch": 100.0}], pair) == "torch"
+    # Geometric means: 2 and 8 give 4, less than 5; and 20 times 0.2 is no more than 4.
+    assert (
+        tune.best([{"triton": 5.0, "torch": 2.0}, {"triton": 5.0, "torch": 8.0}], pair) == "torch"
+    )
+    assert tune.best([{"a": 20.0, "b": 2.0}, {"a": 0.2, "b": 2.0}], ("a", "b")) == "a"
+    # What is missing for one shape takes no part.
+    assert tune.best([{"triton": 5.0, "torch": 2.0}, {"triton": 5.0}], pair) == "triton"
+    assert tune.best([{"torch": 5.0}, {"triton": 5.0}], pair) is None
+    assert tune.best([], pair) is None
+
+
+def tuned_row(shape, direction, backend, us, **configuration):
+    asked = [["group_norm", f"key {direction}"]] if backend == "triton" else []
+    return {
+        "op": "group_norm", "shape": shape, "class": f"nhwc/bf16/{direction}/20",
+        "backend": backend, "asked": asked, "configuration": configuration, "us": us,
+    }  # fmt: skip
+
+
+def test_the_table_of_a_gpu(tmp_path, monkeypatch):
+    """A configuration must win over all shapes; a backward class counts its forward pass."""
+    table = tune.from_gpu(
+        [
+            tuned_row("a", "forward", "torch", 10.0),
+            tuned_row("a", "forward", "triton", 20.0),
+            tuned_row("a", "forward", "triton", 12.0, num_warps=8),
+            tuned_row("b", "forward", "torch", 10.0),
+            tuned_row("b", "forward", "triton", 20.0),
+            tuned_row("b", "forward", "triton", 13.0, num_warps=8),
+            tuned_row("b", "forward", "triton", 1.0, num_warps=16),
+            tuned_row("a", "backward", "torch", 30.0),
+            tuned_row("a", "backward", "triton", 29.0),
+            tuned_row("b", "backward", "torch", 30.0),
+            tuned_row("b", "backward", "triton", 29.0),
+            tuned_row("b", "backward", "triton", 28.9, num_warps=4),
+            {"key": "a failure", "error": "out of memory"},
+        ]
+    )
+    # Forward 12 and 13 lose to 10. Backward 29 wins against 30, but not with them: 41 and 42 to 40.
+    assert table == (
+        {"group_norm": {"nhwc/bf16/forward/20": "torch", "nhwc/bf16/backward/20": "torch"}},
+        {"group_norm": {"key forward": {"num_warps": 8}}},
+    )
+    monkeypatch.setattr(tuned, "architecture", lambda device: "cpu-avx2")
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    tuned.measured.cache_clear()
+    tune.write(HERE, "a command", table, tmp_path)
+    assert tuned.winner("group_norm", CPU, "nhwc/bf16/forward/20") == "torch"
+    assert tuned.configuration("group_norm", CPU, "key forward") == {"num_warps": 8}
+    assert tuned.describe(CPU) == "cpu-avx2: measured on A Chip (TM) 2"
+    tuned.measured.cache_clear()
+
+
+def test_the_table_of_a_cpu():
+    names = {"nhwc": "nhwc/fp32/forward/20", "nchw": "nchw/fp32/forward/20"}
+    us = {"native/nhwc": 5.0, "torch/nhwc": 9.0, "native/nchw": 7.0, "torch/nchw": 6.0}
+    winners, configurations = tune.from_cpu([{"classes": names, "us": {**us, "compile/nchw": 1.0}}])
+    assert winners == {"group_norm": {names["nhwc"]: "native", names["nchw"]: "torch"}}
+    assert configurations == {}
+
+
+def test_merge_writes_tables(tmp_path):
+    kept = keep(tmp_path)
+    about = {"op": "group_norm", "dtype": "bf16", "options": "silu", "shape": "2x16x4x4/4"}
+    for name, us in (("triton/nhwc", 10.0), ("triton/nchw", 16.0), ("eager/nhwc", 40.0),
+                     ("compile/nhwc", 25.0)):  # fmt: skip
+        extra = {"CE": us / 8, "GB/s": 1000 / us}
+        kept.add(name, {**about, "direction": "forward", "contender": name, "us": us, **extra})
+    kept.add("host", {"host": "group_norm", "contender": "triton", "direction": "both", "us": 18.4})
+    kept.add("liger", {"absent": "group_norm: liger", "why": "not | installed"})
+    kept.add("lost", {"error": "out of memory"})
+    (path,) = merge.merge(tmp_path, "suite.py --merge", tmp_path / "results")
+    assert path == tmp_path / "results" / "a-chip-tm-2" / "kernels.md"
+    text = path.read_text()
+    assert "A Chip (TM) 2; torch 2, triton 3, cuda None, python 3.12." in text
+    # 10 us are 1.25 copies of 8 us; 25 us, the best of the others, are 2.5 times as much.
+    assert "| 2x16x4x4/4 | 10 | 16 | 40 | 25 | 1.25 | 100 | - | 2.5 |" in text
+    assert "| group_norm | triton | both | 18.4 |" in text
+    assert "| group_norm: liger | not \\| installed |" in text
+    assert "| lost | out of memory |" in text
+    with pytest.raises(ValueError, match="no rows"):
+        merge.merge(tmp_path / "results", "", tmp_path)
+
+
+def test_merge_of_networks_and_cpu():
+    step = {"ms": 10.0, "images/s": 3200.0, "share of matmul": 0.5}
+    slow = {"ms": 60.0, "images/s": 533.333, "peak GB": 9.0}
+    text = merge.page(HERE, "step", [{"form": "ours", "batch": 32, **step},
+                                     {"form": "authors", "batch": 32, **slow}], "")  # fmt: skip
+    assert "| form | batch | ms | images/s | share of matmul | peak GB | ours is faster |" in text
+    assert "| authors | 32 | 60 | 533 | - | 9 | 6 |" in text
+    us = {"native/nhwc": 4000.0, "native/nchw": 1000.0, "torch/nhwc": 9000.0, "torch/nchw": 6000.0}
+    row = {"shape": "s", "dtype": "fp32", "direction": "both", "us": us}
+    text = merge.page(HERE, "cpu", [row], "")
+    assert "| s | 4 | 1 | 9 | 6 | 1.5 |" in text
+    assert "Median native / best: 1.50, least 1.50." in text
+
+
+def test_merge_of_correctness_and_tune():
+    good = {"key": "group_norm triton bf16 channels_last 1x2", "ok": True, "output": 1e-3,
+            "output bound": 3e-3, "gradient": 1e-3, "gradient bound": 4e-3}  # fmt: skip
+    bad = {**good, "key": "group_norm triton bf16 channels_last 3x4", "ok": False, "gradient": 1.0}
+    text = merge.page(HERE, "correctness", [good, bad, {"key": "twice", "ok": True, "n": 3}], "")
+    assert "2 ok, 1 FAILED" in text
+    assert "| group_norm triton bf16 channels_last | 1.0e-03 | 3.0e-03 | 1.0e+00 |" in text
+    assert "| group_norm triton bf16 channels_last 3x4 | False |" in text
+    assert "| twice | True | n 3 |" in text
+    found = [{**tuned_row("a", "forward", "torch", 10.0), "dtype": "bf16", "direction": "forward"},
+             {**tuned_row("a", "forward", "triton", 20.0), "dtype": "bf16", "direction": "forward"},
+             {**tuned_row("a", "forward", "triton", 12.0, num_warps=8), "dtype": "bf16",
+              "direction": "forward"}]  # fmt: skip
+    text = merge.page(HERE, "tune", found, "")
+    assert "| nhwc/bf16/forward/20 | 10 | 20 | 12 | num_warps=8 |" in text
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """One round instead of a measurement."""
+    monkeypatch.setattr(
+        speed.measure, "interleaved", partial(speed.measure.interleaved, rounds=2, shortest=0)
+    )
+    monkeypatch.setattr(
+        speed.measure, "host_cost", partial(speed.measure.host_cost, calls=1, rounds=2)
+    )
+
+
+def run(items, *keys):
+    """Run the items that have one of the keys, all of which must exist; returns their rows."""
+    found = dict(items)
+    return [found[key]() for key in keys]
+
+
+def test_the_part_kernels_runs(quick):
+    eager = f"group_norm {SHAPE} bf16 silu+pre_bias+dropout both eager/nchw"
+    ours = f"group_norm {SHAPE} bf16 silu+pre_bias+dropout both triton/nhwc"
+    items = speed.norm_items(CPU, "bf16", "silu+pre_bias+dropout", [("t", SHAPE)])
+    for row in run(items, eager, ours):
+        # x, dy, s read and y, dx written.
+        assert row["GB/s"] == pytest.approx(5 * 512 * 2 / (row["us"] * 1e3))
+        assert row["off"] < 1e-2
+    (row,) = run(
+        speed.attention_items(CPU, "bf16", [("t", HEADS)]), f"attention {HEADS} bf16 both sdpa"
+    )
+    # 4 products' FLOPs times 16 tokens and 1024 elements, and 2.5 times that backward.
+    assert row["TFLOP/s"] == pytest.approx(3.5 * 4 * 16 * 1024 / (row["us"] * 1e6))
+    assert row["GB/s"] == pytest.approx(11 * 1024 * 2 / (row["us"] * 1e3))
+    assert run(speed.host_items(CPU), "host group_norm both torch/nhwc")[0]["us"] > 0
+
+
+def test_the_part_tune_tries_every_different_plan(quick):
+    """In the interpreter; a configuration that changes nothing is measured once."""
+    items = dict(tune.norm_items(CPU, ("bf16",), [("t", SHAPE)], ("nhwc",)))
+    head = f"group_norm {SHAPE} bf16 nhwc forward"
+    default, split = f"{head} triton {{}}", [k for k in items if '"split": 1' in k and head in k]
+    # 16 pixels of 16 channels are one tile whatever is asked, or are split.
+    assert not [k for k in items if '"split": 0' in k]
+    torchs, triton = run(items, f"{head} torch {{}}", default)
+    assert torchs["asked"] == []
+    assert triton["asked"] == [("group_norm", "nhwc/bf16/forward/9/4")]
+    (forced,) = run(items, split[0])
+    assert forced["configuration"]["split"] == 1
+    assert forced["us"] > 0
+    assert tuned.configuration.__module__ == "ddb_fast.kernels.tuned"
+
+
+def test_the_part_correctness_runs():
+    items = correctness.case_items(CPU, [(1, 6, 3, 2, 2)], [(1, 1, 5, 16, 5)])
+    norm, heads = run(
+        items,
+        "group_norm torch bf16 channels_last 1x6x3x2x2",
+        "attention torch fp32 packed 1x1x5x16x5",
+    )
+    assert norm["ok"] and heads["ok"]
+    assert 1e-4 < norm["output"] <= norm["output bound"]
+    assert heads["gradient"] <= 6e-6
+
+
+def test_the_parts_of_networks_run(monkeypatch):
+    ours = networks.preset()
+    # 222 GFLOP for a training step of an image, as the roofline has it.
+    assert 3 * networks.forward_flops(ours) == pytest.approx(222e9, rel=1e-3)
+    unet = replace(ours.unet, channels=32, channel_multipliers=(1, 2), blocks_per_level=1,
+                   attention_levels=(0, 1))  # fmt: skip
+    small = replace(ours, image_size=8, unet=unet)
+    for name in ("ours", "authors", "eager bf16, channels_last, SDPA"):
+        (row,) = run(networks.step_items(CPU, small, (2,), 64), f"step {name} 2")
+        assert row["images/s"] == pytest.approx(2 / (row["ms"] / 1e3))
+    sampled = run(
+        networks.sampling_items(CPU, small, 2, 3), "sampling ours 2", "sampling authors 2"
+    )
+    assert "999 steps" in sampled[1]["sampler"] and "extrapolated" in sampled[1]["sampler"]
+
+
+def test_the_forms_compute_the_same():
+    """Explicit and fused attention, and what the authors' step does against their sampler."""
+    config = networks.preset()
+    unet = replace(config.unet, channels=32, channel_multipliers=(1, 2), blocks_per_level=1,
+                   attention_levels=(0, 1))  # fmt: skip
+    config = replace(config, image_size=8, unet=unet)
+    explicit, fused = (
+        networks.build(f, config, CPU).eval() for f in (networks.FORMS[1], networks.FORMS[3])
+    )
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x, t, y), explicit(x, t, y), rtol=1e-4, atol=1e-5)
+
+
+def test_misuse_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert suite.main(["--part", "kernels", "--out", str(tmp_path)]) == 2
+    assert suite.main(["--merge", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "suite.py: part kernels needs a GPU, and torch finds none",
+        f"suite.py: {tmp_path}: no rows of the suite in it",
+    ]
+
+
+def test_the_part_cpu_writes_rows_and_winners(tmp_path, monkeypatch, quick):
+    pytest.importorskip("triton")
+    if contenders.backends()["group_norm"]["native"]:
+        pytest.skip("the C++ operators were not built")
+    monkeypatch.setattr(suite, "items", lambda part, device: speed.cpu([("t", SHAPE)], samples=2))
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
+    plain = contenders.norm_contenders
+
+    def uncompiled(*arguments):
+        found, missing = plain(*arguments)
+        return [c for c in found if not c.name.startswith("compile")], missing
+
+    monkeypatch.setattr(contenders, "norm_contenders", uncompiled)
+    assert suite.main(["--part", "cpu", "--out", str(tmp_path / "rows")]) == 0
+    (path,) = (tmp_path / "tuned").iterdir()
+    winners = json.loads(path.read_text())["winners"]["group_norm"]
+    assert len(winners) == 8
+    assert set(winners.values()) <= {"native", "torch"}
