@@ -265,12 +265,20 @@ def test_automatic_takes_what_was_measured_fastest(measured):
 
 
 def test_unmeasured_devices_have_their_own_order():
-    x, q = X.to("meta"), torch.empty(1, 2, 256, 4, device="meta")
+    x = X.to("meta")
     assert dispatch.automatic("group_norm", X, 2)[0] in ("native", "torch")
     assert dispatch.automatic("group_norm", x, 2) == ("triton", "torch", "reference")
-    assert dispatch.automatic("attention", q, q, q) == ("triton", "torch", "reference")
-    long = torch.empty(1, 2, 257, 4, device="meta")
-    assert dispatch.automatic("attention", q, long, long) == ("torch", "reference")
+    for dtype, length, first in (
+        (torch.bfloat16, 256, "triton"),
+        (torch.float16, 256, "triton"),
+        (torch.bfloat16, 257, "torch"),
+        (torch.float32, 256, "torch"),
+    ):
+        q = torch.empty(1, 2, 4, 4, dtype=dtype, device="meta")
+        k = torch.empty(1, 2, length, 4, dtype=dtype, device="meta")
+        assert dispatch.automatic("attention", q, k, k)[0] == first
+        qkv = torch.empty(1, length, 24, dtype=dtype, device="meta")
+        assert dispatch.automatic("attention_qkv", qkv, 2)[0] == first
     assert dispatch.automatic("attention", Q, Q, Q)[0] == "torch"
 
 

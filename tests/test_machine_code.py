@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-BENCHMARKS = HERE.parents[1] / "benchmarks"
+BENCHMARKS = HERE.parent / "benchmarks"
 
 
 def compiled(*command):
