@@ -27,7 +27,7 @@ lint: .venv/.installed-test
 	$(BIN)/ruff format --check .
 
 test: .venv/.installed-test
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 # On this machine's CPU; what a GPU does is measured by benchmarks/suite.py.
 bench: .venv/.installed-test

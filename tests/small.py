@@ -22,7 +22,7 @@ FIELDS = {
     "classifier.images": "1920",
     "classifier.width": "8",
     "checkpoint_images": "640",
-    "threads": "2",
+    "threads": "1",
     "precision": "fp32",
     "progress": "false",
     "seeds": "0 1",

@@ -22,7 +22,7 @@ SHORT = {
     name: value
     for name, value in small.FIELDS.items()
     if name.startswith(("amplifier.", "classifier.", "sampling."))
-} | {"seeds": "0", "threads": "2", "precision": "fp32", "progress": "false"}
+} | {"seeds": "0", "threads": "1", "precision": "fp32", "progress": "false"}
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """optimize on any network: what is recognised, what stays, and what the report says."""
 
 import copy
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
