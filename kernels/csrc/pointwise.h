@@ -5,7 +5,8 @@
 
 namespace ddb_fast::DDB_LEVEL {
 
-// bf16 keeps 8 bits, so a logistic function good to 13 is not seen in it.
+// bf16 keeps 8 bits, so a logistic function good to 13 is not seen in an output; in the gradients of
+// weight and bias, sums that are kept in fp32, it would be.
 template <class T>
 constexpr bool rough = false;
 template <>
@@ -21,7 +22,7 @@ template <class T, bool silu>
 inline Vector<T> activation_gradient(Vector<T> z, Vector<T> dy) {
   if constexpr (silu) {
     const Vector<T> one = Vector<T>{} + Real<T>(1);
-    const Vector<T> y = quotient<rough<T>>(one, one_plus_exp_of_minus<rough<T>>(z));
+    const Vector<T> y = one / one_plus_exp_of_minus<false>(z);
     return dy * y * (one + z * (one - y));
   }
   return dy;

@@ -101,6 +101,7 @@ inline void store(double* p, VD x, All) { std::memcpy(p, &x, sizeof x); }
 
 inline void store(BFloat16* p, VF x, All) {
 #if defined(__AVX512BF16__)
+  // Takes subnormals, which are below 1.2e-38, as zeros.
   const auto bits = _mm512_cvtneps_pbh((__m512)x);
 #else
   const VU u = (VU)x;
