@@ -173,7 +173,9 @@ def backward_tile(
         # Queries that do not exist are rows of zeros in q and do, and add nothing.
         m_pair = _pairs(b_n[:, None], b_m[None, :], m_n[:, None], BLOCK_N, BLOCK_M, HEADS)
         b_p = tl.where(m_pair, b_p, 0.0)
-    b_delta = tl.sum(b_p * b_dp, 0)
+    # A large lse is rounded so coarsely that p does not add up to 1, and where one key has nearly
+    # all weight, dp - delta must still vanish. The sum is 0 for queries of no sequence only.
+    b_delta = tl.sum(b_p * b_dp, 0) / tl.maximum(tl.sum(b_p, 0), 0.5)
     b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
     b_p = b_p.to(b_q.dtype)
     b_ds_of_queries = tl.trans(b_ds)

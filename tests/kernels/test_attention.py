@@ -1,4 +1,7 @@
-"""attention and attention_qkv against a softmax written out in fp64 and finite differences."""
+"""attention and attention_qkv against a softmax written out in fp64 and finite differences.
+
+Every backend, Triton's in its interpreter, whose kernels' branches have their own file.
+"""
 
 import pytest
 import torch
@@ -8,7 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ddb_fast.kernels import attention, attention_qkv
 
-backends = pytest.mark.parametrize("backend", ("reference", "torch"))
+backends = pytest.mark.parametrize("backend", ("reference", "torch", "triton"))
+# Triton computes in fp32.
+doubles = pytest.mark.parametrize("backend", ("reference", "torch"))
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -93,7 +98,7 @@ def test_an_empty_batch(backend):
     assert attention_qkv(torch.randn(0, 4, 48), 2, backend=backend).shape == (0, 4, 16)
 
 
-@backends
+@doubles
 @pytest.mark.parametrize("shape", ((2, 2, 5, 4), (1, 2, 1, 3)))
 def test_gradients_against_finite_differences(backend, shape):
     tensors = [t.requires_grad_() for t in draw(shape, 4, torch.float64)]
@@ -147,17 +152,30 @@ def test_packed_equals_unpacked(backend, num_heads, length):
     assert error(attention_qkv(qkv, num_heads, scale=0.3, backend=backend), apart) <= 1e-6
 
 
-@backends
-def test_packed_views_and_gradients(backend):
-    # The output of a 1x1 convolution in channels_last, seen as tokens, and half of a wider one.
-    image = torch.randn(2, 24, 3, 2, dtype=torch.float64).contiguous(
-        memory_format=torch.channels_last
-    )
+def packed_views(dtype):
+    """The output of a 1x1 convolution in channels_last, seen as tokens, and half of a wider one."""
+    image = torch.randn(2, 24, 3, 2, dtype=dtype).contiguous(memory_format=torch.channels_last)
     tokens = image.flatten(2).transpose(1, 2)
-    wide = torch.randn(2, 6, 48, dtype=torch.float64)[..., 12:36]
-    for qkv in (tokens, wide, tokens.transpose(0, 1)):
-        expected = attention_qkv(qkv.contiguous(), 2, backend="reference")
-        assert error(attention_qkv(qkv, 2, backend=backend), expected) <= 1e-12
+    wide = torch.randn(2, 6, 48, dtype=dtype)[..., 12:36]
+    return tokens, wide, tokens.transpose(0, 1)
+
+
+@backends
+def test_packed_views(backend):
+    for qkv in packed_views(torch.float32):
+        truth_of = qkv.detach().double().contiguous().requires_grad_()
+        truth = attention_qkv(truth_of, 2, backend="reference")
+        upstream = torch.randn(truth.shape)
+        expected = torch.autograd.grad(truth, truth_of, upstream.double())[0]
+        qkv.requires_grad_()
+        o = attention_qkv(qkv, 2, backend=backend)
+        assert error(o, truth) <= 3e-6
+        assert error(torch.autograd.grad(o, qkv, upstream)[0], expected) <= 6e-6
+
+
+@doubles
+def test_gradients_of_packed_views_against_finite_differences(backend):
+    for qkv in packed_views(torch.float64):
         assert torch.autograd.gradcheck(
             lambda t: attention_qkv(t, 2, backend=backend), qkv.detach().requires_grad_()
         )
@@ -179,7 +197,8 @@ def test_compiles_whole_and_once(backend):
     torch._dynamo.reset()
 
     def run(q, k, v, qkv):
-        return attention(q, k, v, backend=backend), attention_qkv(qkv, 2)
+        packed = attention_qkv(qkv, 2, backend=backend)
+        return attention(q, k, v, backend=backend), packed
 
     compiled = torch.compile(run, backend=counter, fullgraph=True)
     for batch in (3, 5):

@@ -1,0 +1,342 @@
+"""What only Triton's attention has: three ways to cut a call, fenced memory, the registered op.
+
+Run in the interpreter. `usual` is what a call gets by itself; `one_head` and `flash` make every
+call, however short, take the kernel of one head's tile or the walk over blocks of 16 tokens.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ddb_fast.kernels import attention, attention_qkv, triton_backend
+from ddb_fast.kernels import launch as launching
+from ddb_fast.kernels import triton_attention as module
+
+if module_reasons := triton_backend.why_not("attention"):
+    pytest.skip("; ".join(module_reasons), allow_module_level=True)
+
+HALVES = (torch.bfloat16, torch.float16)
+FORWARDS = {"shared", "one_head", "flash"}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def power_of_two(n):
+    return 1 << (n - 1).bit_length()
+
+
+@pytest.fixture(params=("usual", "one_head", "flash"))
+def cut(request, monkeypatch):
+    """Cut every call in one way; where two blocks of queries are needed, they are of 16."""
+    if request.param == "usual":
+        return request.param
+    walked = module.Blocks(16, 16, 4)
+
+    def forward_blocks(dtype, queries, keys, head_dim, device):
+        if request.param == "flash":
+            return walked
+        return module.Blocks(16, max(16, power_of_two(keys)), 4, heads=1)
+
+    def backward_blocks(dtype, queries, keys, head_dim, device):
+        if request.param == "flash":
+            return walked, walked
+        m, n = (max(16, power_of_two(length)) for length in (queries, keys))
+        blocks = module.Blocks(m, n, 4, heads=1, chunk=16)
+        return blocks, blocks
+
+    monkeypatch.setattr(module, "forward_blocks", forward_blocks)
+    monkeypatch.setattr(module, "backward_blocks", backward_blocks)
+    return request.param
+
+
+def draw(b, h, queries, keys, d, dtype=torch.float32):
+    """q, k, v and the gradient of o."""
+    sizes = ((b, h, queries, d), (b, h, keys, d), (b, h, keys, d), (b, h, queries, d))
+    return [torch.randn(size).to(dtype) for size in sizes]
+
+
+def run(tensors, backend, *, scale=None, dtype=None):
+    """o, dq, dk and dv."""
+    *operands, upstream = (t.detach().to(dtype or t.dtype) for t in tensors)
+    operands = [t.requires_grad_() for t in operands]
+    o = attention(*operands, scale=scale, backend=backend)
+    return (o, *torch.autograd.grad(o, operands, upstream))
+
+
+def plain(tensors, scale=None, dtype=torch.float64):
+    """The same by autograd through the formula; in fp64 the truth."""
+    *operands, upstream = (t.detach().to(dtype) for t in tensors)
+    q, k, v = (t.requires_grad_() for t in operands)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    o = torch.softmax(q @ k.mT * scale, -1) @ v
+    return (o, *torch.autograd.grad(o, (q, k, v), upstream))
+
+
+def errors(actual, truth, floor=1e-30):
+    def rms(x):
+        return x.double().square().mean().sqrt()
+
+    return [
+        (rms(a.double() - t.double()) / rms(t).clamp_min(floor)).item()
+        for a, t in zip(actual, truth, strict=True)
+    ]
+
+
+def assert_exact(actual, truth, floor=1e-30):
+    o, *gradients = errors(actual, truth, floor)
+    assert o <= 3e-6
+    assert max(gradients) <= 6e-6
+
+
+# Heads that do not fill the last tile; blocks of queries and keys that are not full.
+@pytest.mark.parametrize(
+    ("b", "h", "queries", "keys", "d"),
+    (
+        (1, 3, 5, 5, 8),
+        (3, 3, 16, 16, 16),
+        (2, 1, 33, 33, 40),
+        (1, 2, 20, 7, 24),
+        (1, 2, 7, 20, 8),
+        (1, 1, 1, 40, 16),
+        (1, 2, 40, 1, 16),
+    ),
+)
+def test_every_way_against_fp64(cut, b, h, queries, keys, d):
+    tensors = draw(b, h, queries, keys, d)
+    # With one key, dq and dk are 0: the error is held against operands of size 1.
+    assert_exact(run(tensors, "triton"), plain(tensors), floor=1.0 if keys == 1 else 1e-30)
+
+
+@pytest.mark.parametrize("scale", (-0.3, 0.0, 2.5))
+def test_any_scale(cut, scale):
+    tensors = draw(2, 3, 9, 21, 16)
+    assert_exact(run(tensors, "triton", scale=scale), plain(tensors, scale), floor=1e-3)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision(cut, dtype):
+    tensors = draw(2, 2, 40, 24, 32, dtype)
+    truth, usual = plain(tensors), plain(tensors, dtype=dtype)
+    pairs = zip(errors(run(tensors, "triton"), truth), errors(usual, truth), strict=True)
+    for i, (ours, theirs) in enumerate(pairs):
+        assert ours <= max(1.25 * theirs, 4e-3 if i else 3e-3)
+
+
+# As the U-Nets have them, by the choice that a GPU would make in half precision and in fp32.
+@pytest.mark.parametrize(
+    ("queries", "d", "dtype"),
+    (
+        (64, 256, torch.bfloat16),
+        (100, 96, torch.float32),
+        (100, 128, torch.bfloat16),
+        (256, 8, torch.bfloat16),
+        (256, 64, torch.float32),
+        (256, 256, torch.bfloat16),
+        (1024, 64, torch.bfloat16),
+        (1024, 40, torch.float32),
+    ),
+)
+def test_lengths_of_networks(queries, d, dtype):
+    tensors = draw(1, 2 if queries <= 256 else 1, queries, queries, d, dtype)
+    truth = plain(tensors)
+    if dtype == torch.float32:
+        assert_exact(run(tensors, "triton"), truth)
+        return
+    usual = errors(plain(tensors, dtype=dtype), truth)
+    for ours, theirs in zip(errors(run(tensors, "triton"), truth), usual, strict=True):
+        assert ours <= max(1.25 * theirs, 3e-3)
+
+
+def test_scores_of_any_size(cut):
+    """The maximum is subtracted: exp2(1000 * log2(e)) would be infinite."""
+    tensors = draw(1, 2, 20, 20, 16)
+    tensors[0] *= 300
+    truth = plain(tensors)
+    usual = errors(plain(tensors, dtype=torch.float32), truth)
+    for ours, theirs in zip(errors(run(tensors, "triton"), truth), usual, strict=True):
+        assert ours <= max(2 * theirs, 3e-6)
+
+
+def test_two_runs_are_bitwise_equal(cut):
+    tensors = draw(2, 3, 40, 24, 16)
+    first, second = (run(tensors, "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_nothing_unwritten_is_read_or_returned(cut, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    tensors = draw(2, 3, 40, 24, 24)
+    expected = run(tensors, "triton")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all(), "torch.empty must be poisoned here"
+        poisoned = run(tensors, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(poisoned, expected, strict=True))
+
+
+@pytest.mark.parametrize("lengths", ((40, 24), (5, 7)))
+def test_nothing_outside_is_read_or_written(cut, lengths, monkeypatch):
+    """Every tensor of every launch lies between NaN canaries, for this one launch.
+
+    Heads lie inside of tokens and the head dimension is no power of two, so that what a mask lets
+    through in the middle of a tensor is another head's, and shows in the result.
+    """
+    fence = 4096
+    launched = []
+
+    def fenced(kernel, grid, arguments, constants, **options):
+        inside, buffers = {}, {}
+        for name, value in arguments.items():
+            if not isinstance(value, torch.Tensor):
+                inside[name] = value
+                continue
+            size = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+            buffer = torch.full((size + 2 * fence,), float("nan"), dtype=value.dtype)
+            inside[name] = buffer.as_strided(value.shape, value.stride(), fence)
+            inside[name].copy_(value)
+            buffers[name] = buffer
+        launching.launch(kernel, grid, inside, constants, **options)
+        for name, buffer in buffers.items():
+            assert buffer[:fence].isnan().all() and buffer[-fence:].isnan().all(), name
+            arguments[name].copy_(inside[name])
+        launched.append(kernel.__name__)
+
+    tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in draw(2, 3, *lengths, 24)]
+    expected = run(tensors, "triton")
+    monkeypatch.setattr(module, "launch", fenced)
+    actual = run(tensors, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    if cut == "flash":
+        assert launched == ["forward_flash", "backward_queries", "backward_keys"]
+    else:
+        assert launched == ["forward_tile", "backward_tile"]
+
+
+def test_gradients_lie_like_their_operands(cut):
+    """Tokens outside of heads, as a projection leaves them, so that no copy follows."""
+    tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in draw(2, 3, 9, 12, 8)]
+    o, *gradients = run(tensors, "triton")
+    assert o.transpose(1, 2).is_contiguous()
+    for gradient in gradients:
+        assert gradient.transpose(1, 2).is_contiguous()
+    assert_exact((o, *gradients), plain(tensors))
+
+
+def test_a_gradient_of_any_strides(cut):
+    """The expanded gradient of a mean, and one whose head dimension is not the innermost."""
+    *operands, upstream = draw(2, 2, 9, 12, 8)
+    for gradient in (upstream[:1, :1, :1].expand(2, 2, 9, 8), upstream.mT.contiguous().mT):
+        tensors = [*operands, gradient]
+        assert_exact(run(tensors, "triton"), plain(tensors))
+
+
+def test_packed_gradients_fill_one_tensor(cut, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    qkv = torch.randn(2, 21, 3 * 2 * 24, requires_grad=True)
+    upstream = torch.randn(2, 21, 2 * 24)
+    expected = torch.autograd.grad(attention_qkv(qkv, 2, backend="reference"), qkv, upstream)[0]
+    torch.use_deterministic_algorithms(True)
+    try:
+        actual = torch.autograd.grad(attention_qkv(qkv, 2, backend="triton"), qkv, upstream)[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert errors([actual], [expected])[0] <= 6e-6
+
+
+@pytest.mark.parametrize("packed", (False, True))
+def test_the_registered_ops(packed):
+    if packed:
+        operands = (torch.randn(2, 5, 48, requires_grad=True), None, None, 2)
+    else:
+        operands = (*(t.requires_grad_() for t in draw(2, 2, 5, 7, 8)[:3]), 0)
+    op = torch.ops.ddb_fast.attention_triton.default
+    torch.library.opcheck(op, (*operands, 0.3))
+    with torch.no_grad():
+        o, lse = op(*operands, 0.3)
+        q, k, v, heads = (t.detach() if isinstance(t, torch.Tensor) else t for t in operands)
+        backward = torch.ops.ddb_fast.attention_triton_backward.default
+        torch.library.opcheck(backward, (torch.randn_like(o), q, k, v, o, lse, heads, 0.3))
+
+
+def test_a_compiled_call_is_one_op():
+    seen = []
+
+    def keep(graph, inputs):
+        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(keep)
+    compiled = torch.compile(
+        lambda q, k, v: attention(q, k, v, backend="triton"), backend=counter, fullgraph=True
+    )
+    for batch in (2, 3):
+        tensors = draw(batch, 2, 5, 5, 8)[:3]
+        for t in tensors:
+            torch._dynamo.mark_dynamic(t, 0)
+        assert torch.equal(compiled(*tensors), attention(*tensors, backend="triton"))
+    assert counter.frame_count == 1
+    # Besides it there are comparisons of sizes.
+    calls = [name for name in seen[0] if "built-in function" not in name]
+    assert calls == ["ddb_fast.attention_triton.default"]
+
+
+def test_refusals():
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="fp32, these tensors are fp64"):
+        attention(*[q.double()] * 3, backend="triton")
+    with pytest.raises(ValueError, match="on meta"):
+        attention(*[q.to("meta")] * 3, backend="triton")
+    far = torch.empty(1, device="meta").as_strided((1, 1, 300, 8), (0, 0, 2**23, 1))
+    assert "8388608 elements apart" in module.why_not("attention", q, far, far)[0]
+    # The head dimension is not the innermost: it is copied, and lies side by side then.
+    assert module.why_not("attention", q, far.mT, far.mT) == []
+
+
+SHAPES = {
+    "queries": st.integers(1, 5000),
+    "keys": st.integers(1, 5000),
+    "head_dim": st.sampled_from((1, 8, 16, 24, 32, 40, 64, 72, 96, 128, 160, 256)),
+    "dtype": st.sampled_from((torch.float32, *HALVES)),
+}
+
+
+@settings(max_examples=400, deadline=None)
+@given(**SHAPES)
+def test_blocks_hold_what_their_kernel_assumes(queries, keys, head_dim, dtype):
+    case = (dtype, queries, keys, head_dim, torch.device("cpu"))
+    forward, backward = module.forward_blocks(*case), module.backward_blocks(*case)
+    for blocks in (forward, *backward):
+        for size in (blocks.block_m, blocks.block_n, blocks.num_warps, max(1, blocks.heads)):
+            assert size >= 1 and size & (size - 1) == 0
+        assert min(blocks.block_m, blocks.block_n) >= 16, "a product's least size"
+        if blocks.heads:
+            assert blocks.block_n // blocks.heads >= keys, "a tile holds all keys of a head"
+    if forward.heads > 1:
+        assert forward.block_m // forward.heads >= queries
+    if backward[0].heads:
+        assert backward[0] == backward[1]
+        assert backward[0].block_m // backward[0].heads >= queries
+        assert head_dim <= 16 or backward[0].chunk >= 16
+    assert not backward[1].heads or backward[0].heads
+
+
+def test_tuned_blocks_change_the_speed_only(monkeypatch):
+    """A recorded configuration replaces the blocks of a walk, but not the size of a tile."""
+    asked = {"block_m": 32, "block_n": 128, "num_warps": 2, "num_stages": 3}
+    monkeypatch.setattr(module.tuned, "configuration", lambda *_: asked)
+    usual = module.Blocks(64, 64, 4, heads=2)
+    case = (torch.bfloat16, 30, 30, 64, torch.device("cpu"))
+    tile = module._configured("attention_forward", *case, usual)
+    assert tile == dataclasses.replace(usual, num_warps=2, num_stages=3)
+    walk = module._configured("attention_forward", *case, module.Blocks(64, 64, 4))
+    assert walk == module.Blocks(32, 128, 2, 3)
