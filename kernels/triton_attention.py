@@ -156,7 +156,7 @@ def _strides(vec: int, **tensors: Tensor) -> dict[str, int]:
 
 def _vec(*tensors: Tensor) -> int:
     """Elements, at most 8, that every row of every tensor is a multiple of."""
-    return math.gcd(8, tensors[0].shape[3], *(s for x in tensors for s in x.stride()[:3]))
+    return math.gcd(8, *(s for x in tensors for s in x.stride()[:3]))
 
 
 def _empty(b: int, h: int, s: int, d: int, like: Tensor) -> Tensor:
@@ -261,14 +261,13 @@ def backward(
     strides = _strides(vec, q=q, k=k, v=v, do=do)
     sizes = {"num_heads": h, "queries": s, "keys": keys, **_scales(scale)}
 
-    def constants(blocks: Blocks, masked: bool) -> dict[str, Any]:
+    def constants(blocks: Blocks) -> dict[str, Any]:
         return {
             "D": d,
             "VEC": vec,
             "BLOCK_M": blocks.block_m,
             "BLOCK_N": blocks.block_n,
             "BLOCK_D": _block_d(d),
-            "MASKED": masked,
             "PRECISION": _precision(q.dtype),
         }
 
@@ -279,7 +278,7 @@ def backward(
             (-(-b * h // of_queries.heads),),
             {**inputs, "p_dq": dq, "p_dk": dk, "p_dv": dv, **strides,
              **_strides(vec, dq=dq, dk=dk), "sequences": b * h, **sizes},
-            {**constants(of_queries, masked), "HEADS": of_queries.heads,
+            {**constants(of_queries), "MASKED": masked, "HEADS": of_queries.heads,
              "CHUNK": of_queries.chunk},
             num_warps=of_queries.num_warps,
             num_stages=of_queries.num_stages,
@@ -292,7 +291,7 @@ def backward(
         (b * h * -(-s // of_queries.block_m),),
         {**inputs, "p_o": o, "p_delta": delta, "p_dq": dq, **strides,
          **_strides(vec, o=o, dq=dq), **sizes},
-        constants(of_queries, keys % of_queries.block_n != 0),
+        {**constants(of_queries), "MASKED": keys % of_queries.block_n != 0},
         num_warps=of_queries.num_warps,
         num_stages=of_queries.num_stages,
     )  # fmt: skip
@@ -301,7 +300,7 @@ def backward(
         (b * h * -(-keys // of_keys.block_n),),
         {**inputs, "p_delta": delta, "p_dk": dk, "p_dv": dv, **strides,
          **_strides(vec, dk=dk), **sizes},
-        constants(of_keys, keys % of_keys.block_n != 0),
+        constants(of_keys),
         num_warps=of_keys.num_warps,
         num_stages=of_keys.num_stages,
     )  # fmt: skip

@@ -111,6 +111,7 @@ def backward_queries(
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
         if MASKED:
+            # A key that does not exist scores 0, which may be far above its row's lse.
             b_p = tl.where((start + b_n < keys)[None, :], b_p, 0.0)
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
         b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
@@ -127,9 +128,12 @@ def backward_keys(
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dk_b, dk_h, dk_s,
     num_heads, queries, keys, scale, scale_log2,
     D: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv [keys, D] of BLOCK_N keys."""
+    """dk and dv [keys, D] of BLOCK_N keys.
+
+    Keys that do not exist need no mask: their rows, whatever is in them, are not stored.
+    """
     sequence, first = _block(keys, BLOCK_N)
     b_m = tl.arange(0, BLOCK_M)
     b_n = tl.arange(0, BLOCK_N)
@@ -156,9 +160,6 @@ def backward_keys(
         b_lse = tl.load(p_lse + start + b_m, mask=m_m, other=0.0)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
-        if MASKED:
-            # A key that does not exist scores 0, which may be far above its row's lse.
-            b_p = tl.where(m_n[:, None], b_p, 0.0)
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         b_delta = tl.load(p_delta + start + b_m, mask=m_m, other=0.0)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)

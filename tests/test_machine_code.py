@@ -77,6 +77,7 @@ def test_the_facts_are_read_from_the_machine_code(planted):
         ("group_norm bf16 nhwc silu 128x128x64x64", "sm_90"),
         ("group_norm bf16 nchw residual+return_sum 2x256x32x32", "sm_100"),
         ("attention bf16 packed 128x3x256x64", "sm_90"),
+        ("attention fp32 separate 32x1x1024x64", "sm_80"),
     ),
 )
 def test_shipped_kernels_pass(tmp_path, call, arch):

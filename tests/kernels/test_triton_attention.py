@@ -164,6 +164,17 @@ def test_scores_of_any_size(cut):
         assert ours <= max(2 * theirs, 3e-6)
 
 
+def test_rows_whose_scores_are_all_far_below_zero(cut):
+    """There a key that does not exist, which scores 0, would get all weight or an infinite one."""
+    tensors = draw(1, 2, 20, 20, 16)
+    tensors[0] = tensors[0].abs() * 30
+    tensors[1] = -tensors[1].abs() * 10
+    truth = plain(tensors)
+    usual = errors(plain(tensors, dtype=torch.float32), truth, 1.0)
+    for ours, theirs in zip(errors(run(tensors, "triton"), truth, 1.0), usual, strict=True):
+        assert ours <= max(2 * theirs, 6e-6)
+
+
 def test_two_runs_are_bitwise_equal(cut):
     tensors = draw(2, 3, 40, 24, 16)
     first, second = (run(tensors, "triton") for _ in range(2))
