@@ -1,7 +1,9 @@
 """Timing: medians of CUDA graph replays over rotated inputs, or of interleaved calls on a CPU."""
 
+import ctypes
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,21 @@ _GRAPH = 2e-3
 _REPLAYS = 30
 # Without a device that says, an H100's, in bytes.
 _L2 = 50 * 2**20
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc, where there is one, to keep what this process frees instead of giving it back.
+
+    Otherwise the same call takes up to three times as long whenever its results come fresh from the
+    kernel, which depends on what else lies on the heap and not on the call.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h.
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
+            mallopt(option, value)
 
 
 @dataclass(frozen=True)

@@ -240,8 +240,9 @@ def test_merge_of_networks_and_cpu():
     us = {"native/nhwc": 4000.0, "native/nchw": 1000.0, "torch/nhwc": 9000.0, "torch/nchw": 6000.0}
     row = {"shape": "s", "dtype": "fp32", "direction": "both", "us": us}
     text = merge.page(HERE, "cpu", [row], "")
-    assert "| s | 4 | 1 | 9 | 6 | 1.5 |" in text
-    assert "Median native / best: 1.50, least 1.50." in text
+    assert "| s | 4 | 1 | 9 | 6 | 2.25 | 1.5 |" in text
+    assert "eager / native: median 2.25, least 2.25." in text
+    assert "best / native: median 1.50, least 1.50." in text
 
 
 def test_merge_of_correctness_and_tune():
