@@ -19,18 +19,17 @@ _REPLAYS = 30
 _L2 = 50 * 2**20
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc, where there is one, to keep what this process frees instead of giving it back.
+def settle_allocator() -> None:
+    """Make glibc, where there is one, serve memory as it does late in a long process.
 
-    Otherwise the same call takes up to three times as long whenever its results come fresh from the
-    kernel, which depends on what else lies on the heap and not on the call.
+    Blocks below 32 MiB are reused, larger ones come fresh from the kernel. In a process as short as
+    a benchmark it depends on what else lies on the heap whether a small block is reused, and a call
+    takes up to three times as long when its results are not.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h.
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
+        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h.
+        for option, value in ((-3, 2**25), (-1, 2**31 - 1), (-2, 2**28)):
             mallopt(option, value)
 
 

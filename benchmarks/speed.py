@@ -240,7 +240,7 @@ def kernels(device: torch.device) -> Iterator[Item]:
 
 def cpu(groups: Iterable[tuple[str, shapes.GroupNorm]], *, samples: int = 16) -> Iterator[Item]:
     """All items of the part `cpu`: contenders of a shape in turns, so one row holds them all."""
-    measure.keep_freed_memory()
+    measure.settle_allocator()
     for group, shape in groups:
         for dtype in ("fp32", "bf16"):
             for direction in ("forward", "both"):

@@ -17,6 +17,14 @@ inline void each_rows(int64_t first, int64_t last, const Body& body) {
   for (; first < last; ++first) body(first, Count<1>());
 }
 
+// How far ahead of a pass memory is asked for: the four rows that it reads side by side are more than
+// the machine's own prefetching follows. Measured against 0, 512 and 2048 elements; past either end of
+// a tensor nothing happens.
+inline int64_t whole_rows_ahead(int64_t stride) {
+  constexpr int64_t elements = 6144;
+  return elements / stride * stride;
+}
+
 template <class R>
 inline void draw_rows(const Slab<R>& slab, int64_t pixel, int64_t rows) {
   const Call& call = slab.call;
@@ -42,6 +50,7 @@ struct ChannelsLast {
   template <bool with_residual>
   static void statistics_of(Slab<R>& slab, const T* x, const T* residual) {
     const int64_t stride = slab.call.channels, pixels = slab.call.pixels;
+    const int64_t far = whole_rows_ahead(stride);
     const auto s = [&](int64_t at, auto some) {
       V value = load(x + at, some);
       if constexpr (with_residual) value += load(residual + at, some);
@@ -59,6 +68,7 @@ struct ChannelsLast {
           const V offset = load(slab.offset + i, All());
           V sum1 = load(slab.sums[0] + i, All()), sum2 = load(slab.sums[1] + i, All());
           for (int r = 0; r < rows.value; ++r) {
+            __builtin_prefetch(x + (pixel + r) * stride + i + far);
             const V d = s((pixel + r) * stride + i, some) - offset;
             sum1 += d;
             sum2 += d * d;
@@ -78,6 +88,7 @@ struct ChannelsLast {
     const int64_t stride = call.channels, origin = slab.origin();
     const T *x = static_cast<const T*>(call.x) + origin;
     const T *residual = static_cast<const T*>(call.residual) + origin;
+    const int64_t far = whole_rows_ahead(stride);
     T *y = static_cast<T*>(call.y) + origin, *total = static_cast<T*>(call.total) + origin;
     // Backwards, so that what the statistics have read last is still in the cache.
     for (int64_t end = call.pixels; end > 0; end -= block_terms)
@@ -88,6 +99,8 @@ struct ChannelsLast {
           const V a = load(slab.a + i, All()), b = load(slab.b + i, All());
           for (int r = 0; r < rows.value; ++r) {
             const int64_t at = (pixel + r) * stride + i;
+            __builtin_prefetch(x + at - far);
+            __builtin_prefetch(y + at - far, 1);
             V s = load(x + at, some);
             if (extra && call.residual) s += load(residual + at, some);
             if (extra && call.total) store(total + at, s + load(slab.pre_bias + i, All()), some);
@@ -112,6 +125,7 @@ struct ChannelsLast {
     T* ds = static_cast<T*>(call.ds) + origin;
     constexpr bool in_place = sizeof(T) == sizeof(R);
     R* dzs = in_place ? reinterpret_cast<R*>(ds) : slab.dz;
+    const int64_t far = whole_rows_ahead(stride);
     const int64_t dz_stride = in_place ? stride : slab.row(call);
     clear_sums(slab);
     for (int64_t block = 0; block < call.pixels; block += block_terms) {
@@ -126,6 +140,9 @@ struct ChannelsLast {
           for (int k = 0; k < (extra ? 4 : 2); ++k) sums[k] = load(slab.sums[k] + i, All());
           for (int r = 0; r < rows.value; ++r) {
             const int64_t at = (pixel + r) * stride + i;
+            __builtin_prefetch(x + at + far);
+            __builtin_prefetch(dy + at + far);
+            if constexpr (kept) __builtin_prefetch(dzs + (pixel + r) * dz_stride + i + far, 1);
             const V s = load(x + at, some);
             V dz = activation_gradient<T, silu>(s * a + b, load(dy + at, some));
             if (extra && call.dropout)
@@ -155,6 +172,7 @@ struct ChannelsLast {
     T* ds = static_cast<T*>(call.ds) + origin;
     constexpr bool in_place = sizeof(T) == sizeof(R);
     R* dzs = in_place ? reinterpret_cast<R*>(ds) : slab.dz;
+    const int64_t far = whole_rows_ahead(stride);
     const int64_t dz_stride = in_place ? stride : slab.row(call);
     for (int64_t end = call.pixels; end > 0; end -= block_terms)
       each_rows(end > block_terms ? end - block_terms : 0, end, [&](int64_t pixel, auto rows) {
@@ -166,6 +184,8 @@ struct ChannelsLast {
           const V q = load(slab.q + i, All()), p = load(slab.p + i, All());
           for (int r = 0; r < rows.value; ++r) {
             const int64_t at = (pixel + r) * stride + i;
+            __builtin_prefetch(x + at - far);
+            __builtin_prefetch(ds + at - far, 1);
             const V s = load(x + at, some);
             V dz;
             if constexpr (kept) {
