@@ -25,6 +25,7 @@ from typing import Any
 if os.environ.pop("TRITON_INTERPRET", None) is not None:
     print("TRITON_INTERPRET is ignored: this compiles", file=sys.stderr)
 
+import checkout  # noqa: F401 - before ddb_fast
 from disassembly import Facts, compile_variant
 from variants import Variant, recorded
 
