@@ -145,20 +145,6 @@ def _block_d(head_dim: int) -> int:
     return max(16, _power_of_two(head_dim))
 
 
-def _strides(vec: int, **tensors: Tensor) -> dict[str, int]:
-    """Strides of sample, head and token in units of `vec` elements, as the kernels take them."""
-    return {
-        f"{name}_{axis}": stride // vec
-        for name, x in tensors.items()
-        for axis, stride in zip("bhs", x.stride()[:3], strict=True)
-    }
-
-
-def _vec(*tensors: Tensor) -> int:
-    """Elements, at most 8, that every row of every tensor is a multiple of."""
-    return math.gcd(8, *(s for x in tensors for s in x.stride()[:3]))
-
-
 def _empty(b: int, h: int, s: int, d: int, like: Tensor) -> Tensor:
     """Make an empty (b, h, s, d), in memory (b, s, h, d) if `like` has tokens outside of heads."""
     if like.stride(2) > like.stride(1):
@@ -170,14 +156,131 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _precision(dtype: torch.dtype) -> str:
-    # Three products of tf32 parts: fp32 on tensor cores. Triton's default would be one.
-    return "tf32x3" if dtype == torch.float32 else "ieee"
+Strides = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A launch but for its tensors, which is all that two calls of one shape differ in."""
+
+    kernel: Any
+    grid: tuple[int]
+    numbers: dict[str, int | float]
+    constants: dict[str, Any]
+    blocks: Blocks
+
+    def run(self, **tensors: Tensor) -> None:
+        launch(
+            self.kernel,
+            self.grid,
+            {**tensors, **self.numbers},
+            self.constants,
+            num_warps=self.blocks.num_warps,
+            num_stages=self.blocks.num_stages,
+        )
+
+
+def _vec(strides: Sequence[Strides]) -> int:
+    """Elements, at most 8, that every row of every tensor is a multiple of."""
+    return math.gcd(8, *(stride for x in strides for stride in x[:3]))
+
+
+def _strides(vec: int, **tensors: Strides) -> dict[str, int]:
+    """Strides of sample, head and token in units of `vec` elements, as the kernels take them."""
+    return {
+        f"{name}_{axis}": stride // vec
+        for name, strides in tensors.items()
+        for axis, stride in zip("bhs", strides, strict=False)
+    }
+
+
+def _constants(blocks: Blocks, dtype: torch.dtype, d: int, vec: int) -> dict[str, Any]:
+    return {
+        "D": d,
+        "VEC": vec,
+        "BLOCK_M": blocks.block_m,
+        "BLOCK_N": blocks.block_n,
+        "BLOCK_D": _block_d(d),
+        # Three products of tf32 parts: fp32 on tensor cores. Triton's default would be one.
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
+    }
 
 
 def _scales(scale: float) -> dict[str, float]:
     log2 = scale * math.log2(math.e)
     return {"scale": scale, "scale_log2": log2 if log2 != 0 else _TINY}
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward_plan(
+    blocks: Blocks, dtype: torch.dtype, shape: torch.Size, keys: int, scale: float,
+    q: Strides, k: Strides, v: Strides, o: Strides,
+) -> _Plan:  # fmt: skip
+    b, h, s, d = shape
+    vec = _vec((q, k, v, o))
+    numbers = {
+        **_strides(vec, q=q, k=k, v=v, o=o), "num_heads": h, "queries": s, "keys": keys,
+        # The maximum is taken before the scale is applied.
+        "scale_log2": abs(_scales(scale)["scale_log2"]),
+    }  # fmt: skip
+    constants = _constants(blocks, dtype, d, vec) | {
+        "NEGATIVE": scale < 0,
+        "MASKED": blocks.heads > 1 or keys % blocks.block_n != 0,
+    }
+    if not blocks.heads:
+        programs = b * h * -(-s // blocks.block_m)
+        return _Plan(flash.forward_flash, (programs,), numbers, constants, blocks)
+    programs = -(-b * h // blocks.heads) if blocks.heads > 1 else b * h * -(-s // blocks.block_m)
+    return _Plan(
+        tile.forward_tile,
+        (programs,),
+        numbers | {"sequences": b * h},
+        constants | {"HEADS": blocks.heads},
+        blocks,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward_plans(
+    of_queries: Blocks, of_keys: Blocks, dtype: torch.dtype, shape: torch.Size, keys: int,
+    scale: float, q: Strides, k: Strides, v: Strides, o: Strides, do: Strides, dq: Strides,
+    dk: Strides,
+) -> tuple[_Plan, ...]:  # fmt: skip
+    """One kernel for all gradients, or one for dq and delta, then one for dk and dv."""
+    b, h, s, d = shape
+    vec = _vec((q, k, v, o, do, dq, dk))
+    numbers = {
+        **_strides(vec, q=q, k=k, v=v, do=do),
+        "num_heads": h, "queries": s, "keys": keys, **_scales(scale),
+    }  # fmt: skip
+    constants = _constants(of_queries, dtype, d, vec)
+    if heads := of_queries.heads:
+        masked = heads > 1 or keys != of_queries.block_n
+        return (
+            _Plan(
+                tile.backward_tile,
+                (-(-b * h // heads),),
+                numbers | _strides(vec, dq=dq, dk=dk) | {"sequences": b * h},
+                constants | {"MASKED": masked, "HEADS": heads, "CHUNK": of_queries.chunk},
+                of_queries,
+            ),
+        )
+    return (
+        _Plan(
+            flash.backward_queries,
+            (b * h * -(-s // of_queries.block_m),),
+            numbers | _strides(vec, o=o, dq=dq),
+            constants | {"MASKED": keys % of_queries.block_n != 0},
+            of_queries,
+        ),
+        _Plan(
+            flash.backward_keys,
+            (b * h * -(-keys // of_keys.block_n),),
+            numbers | _strides(vec, dk=dk),
+            _constants(of_keys, dtype, d, vec),
+            of_keys,
+        ),
+    )
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -186,51 +289,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     q (B, H, S, D), k and v (B, H, S', D), stride 1 in D. o lies in memory like q: heads outside of
     tokens or inside. lse (B, H, S), fp32, is the log2 of the sum of a row's exponentials.
     """
-    b, h, s, d = q.shape
+    shape, keys = q.shape, k.shape[2]
+    b, h, s, d = shape
     o = _empty(b, h, s, d, q)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
-    if b * h == 0:
-        return o, lse
-    keys = k.shape[2]
-    blocks = forward_blocks(q.dtype, s, keys, d, q.device)
-    vec = _vec(q, k, v, o)
-    arguments = {
-        "p_q": q, "p_k": k, "p_v": v, "p_o": o, "p_lse": lse,
-        **_strides(vec, q=q, k=k, v=v, o=o),
-    }  # fmt: skip
-    sizes = {"num_heads": h, "queries": s, "keys": keys}
-    # The maximum is taken before the scale is applied.
-    last = {"scale_log2": abs(_scales(scale)["scale_log2"])}
-    constants = {
-        "D": d,
-        "VEC": vec,
-        "BLOCK_M": blocks.block_m,
-        "BLOCK_N": blocks.block_n,
-        "BLOCK_D": _block_d(d),
-        "NEGATIVE": scale < 0,
-        "MASKED": blocks.heads > 1 or keys % blocks.block_n != 0,
-        "PRECISION": _precision(q.dtype),
-    }
-    how = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
-    if blocks.heads:
-        programs = (
-            -(-b * h // blocks.heads) if blocks.heads > 1 else b * h * -(-s // blocks.block_m)
-        )
-        launch(
-            tile.forward_tile,
-            (programs,),
-            {**arguments, "sequences": b * h, **sizes, **last},
-            {**constants, "HEADS": blocks.heads},
-            **how,
-        )
-    else:
-        launch(
-            flash.forward_flash,
-            (b * h * -(-s // blocks.block_m),),
-            {**arguments, **sizes, **last},
-            constants,
-            **how,
-        )
+    if b * h > 0:
+        blocks = forward_blocks(q.dtype, s, keys, d, q.device)
+        _forward_plan(
+            blocks, q.dtype, shape, keys, scale, q.stride(), k.stride(), v.stride(), o.stride()
+        ).run(p_q=q, p_k=k, p_v=v, p_o=o, p_lse=lse)
     return o, lse
 
 
@@ -248,62 +315,24 @@ def backward(
 
     do like o with any strides but 1 in D; dk and dv of `gradients` have the same strides.
     """
-    b, h, s, d = q.shape
-    keys = k.shape[2]
+    shape, keys = q.shape, k.shape[2]
+    b, h, s, d = shape
     if gradients is None:
         gradients = (_empty(b, h, s, d, q), _empty(b, h, keys, d, k), _empty(b, h, keys, d, k))
     dq, dk, dv = gradients
     if b * h == 0:
         return dq, dk, dv
-    of_queries, of_keys = backward_blocks(q.dtype, s, keys, d, q.device)
-    vec = _vec(q, k, v, o, do, dq, dk)
+    plans = _backward_plans(
+        *backward_blocks(q.dtype, s, keys, d, q.device), q.dtype, shape, keys, scale,
+        q.stride(), k.stride(), v.stride(), o.stride(), do.stride(), dq.stride(), dk.stride(),
+    )  # fmt: skip
     inputs = {"p_q": q, "p_k": k, "p_v": v, "p_do": do, "p_lse": lse}
-    strides = _strides(vec, q=q, k=k, v=v, do=do)
-    sizes = {"num_heads": h, "queries": s, "keys": keys, **_scales(scale)}
-
-    def constants(blocks: Blocks) -> dict[str, Any]:
-        return {
-            "D": d,
-            "VEC": vec,
-            "BLOCK_M": blocks.block_m,
-            "BLOCK_N": blocks.block_n,
-            "BLOCK_D": _block_d(d),
-            "PRECISION": _precision(q.dtype),
-        }
-
-    if of_queries.heads:
-        masked = of_queries.heads > 1 or keys != of_queries.block_n
-        launch(
-            tile.backward_tile,
-            (-(-b * h // of_queries.heads),),
-            {**inputs, "p_dq": dq, "p_dk": dk, "p_dv": dv, **strides,
-             **_strides(vec, dq=dq, dk=dk), "sequences": b * h, **sizes},
-            {**constants(of_queries), "MASKED": masked, "HEADS": of_queries.heads,
-             "CHUNK": of_queries.chunk},
-            num_warps=of_queries.num_warps,
-            num_stages=of_queries.num_stages,
-        )  # fmt: skip
-        return dq, dk, dv
-
-    delta = torch.empty_like(lse)
-    launch(
-        flash.backward_queries,
-        (b * h * -(-s // of_queries.block_m),),
-        {**inputs, "p_o": o, "p_delta": delta, "p_dq": dq, **strides,
-         **_strides(vec, o=o, dq=dq), **sizes},
-        {**constants(of_queries), "MASKED": keys % of_queries.block_n != 0},
-        num_warps=of_queries.num_warps,
-        num_stages=of_queries.num_stages,
-    )  # fmt: skip
-    launch(
-        flash.backward_keys,
-        (b * h * -(-keys // of_keys.block_n),),
-        {**inputs, "p_delta": delta, "p_dk": dk, "p_dv": dv, **strides,
-         **_strides(vec, dk=dk), **sizes},
-        constants(of_keys),
-        num_warps=of_keys.num_warps,
-        num_stages=of_keys.num_stages,
-    )  # fmt: skip
+    if len(plans) == 1:
+        plans[0].run(**inputs, p_dq=dq, p_dk=dk, p_dv=dv)
+    else:
+        delta = torch.empty_like(lse)
+        plans[0].run(**inputs, p_o=o, p_delta=delta, p_dq=dq)
+        plans[1].run(**inputs, p_delta=delta, p_dk=dk, p_dv=dv)
     return dq, dk, dv
 
 
