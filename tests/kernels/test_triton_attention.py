@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ddb_fast.kernels import attention, attention_qkv, triton_backend
-from ddb_fast.kernels import launch as launching
 from ddb_fast.kernels import triton_attention as module
+from memory import fenced, poisoned
 
 if module_reasons := triton_backend.why_not("attention"):
     pytest.skip("; ".join(module_reasons), allow_module_level=True)
 
 HALVES = (torch.bfloat16, torch.float16)
-FORWARDS = {"shared", "one_head", "flash"}
 
 
 @pytest.fixture(autouse=True)
@@ -181,49 +180,22 @@ def test_two_runs_are_bitwise_equal(cut):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_nothing_unwritten_is_read_or_returned(cut, monkeypatch):
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+def test_nothing_unwritten_is_read_or_returned(cut):
     tensors = draw(2, 3, 40, 24, 24)
     expected = run(tensors, "triton")
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all(), "torch.empty must be poisoned here"
-        poisoned = run(tensors, "triton")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(poisoned, expected, strict=True))
+    with poisoned():
+        actual = run(tensors, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("lengths", ((40, 24), (5, 7)))
 def test_nothing_outside_is_read_or_written(cut, lengths, monkeypatch):
-    """Every tensor of every launch lies between NaN canaries, for this one launch.
-
-    Heads lie inside of tokens and the head dimension is no power of two, so that what a mask lets
-    through in the middle of a tensor is another head's, and shows in the result.
-    """
-    fence = 4096
-    launched = []
-
-    def fenced(kernel, grid, arguments, constants, **options):
-        inside, buffers = {}, {}
-        for name, value in arguments.items():
-            if not isinstance(value, torch.Tensor):
-                inside[name] = value
-                continue
-            size = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-            buffer = torch.full((size + 2 * fence,), float("nan"), dtype=value.dtype)
-            inside[name] = buffer.as_strided(value.shape, value.stride(), fence)
-            inside[name].copy_(value)
-            buffers[name] = buffer
-        launching.launch(kernel, grid, inside, constants, **options)
-        for name, buffer in buffers.items():
-            assert buffer[:fence].isnan().all() and buffer[-fence:].isnan().all(), name
-            arguments[name].copy_(inside[name])
-        launched.append(kernel.__name__)
-
+    """Heads lie inside of tokens, D is no power of two: what a mask lets through in the middle of a
+    tensor is another head's, and shows in the result."""
     tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in draw(2, 3, *lengths, 24)]
     expected = run(tensors, "triton")
-    monkeypatch.setattr(module, "launch", fenced)
+    launched = []
+    monkeypatch.setattr(module, "launch", fenced(launched, 4096))
     actual = run(tensors, "triton")
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     if cut == "flash":
@@ -250,16 +222,12 @@ def test_a_gradient_of_any_strides(cut):
         assert_exact(run(tensors, "triton"), plain(tensors))
 
 
-def test_packed_gradients_fill_one_tensor(cut, monkeypatch):
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+def test_packed_gradients_fill_one_tensor(cut):
     qkv = torch.randn(2, 21, 3 * 2 * 24, requires_grad=True)
     upstream = torch.randn(2, 21, 2 * 24)
     expected = torch.autograd.grad(attention_qkv(qkv, 2, backend="reference"), qkv, upstream)[0]
-    torch.use_deterministic_algorithms(True)
-    try:
+    with poisoned():
         actual = torch.autograd.grad(attention_qkv(qkv, 2, backend="triton"), qkv, upstream)[0]
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert errors([actual], [expected])[0] <= 6e-6
 
 
