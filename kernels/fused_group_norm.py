@@ -249,7 +249,7 @@ def register(name: str, fused: Fused) -> Callable[..., Any]:
     @forward_op.register_fake
     def _(x, residual, pre_bias, weight, bias, scale, shift, seed, num_groups, eps, silu, dropout_p,
           keep_sum):  # fmt: skip
-        stats = x.new_empty((x.shape[0], num_groups), dtype=_exact(x.dtype))
+        stats = x.new_empty((x.shape[0], num_groups), dtype=reference.computed_in(x.dtype))
         total = torch.empty_like(x) if keep_sum else x.new_empty(0)
         return torch.empty_like(x), total, stats, torch.empty_like(stats)
 
@@ -293,7 +293,3 @@ def register(name: str, fused: Fused) -> Callable[..., Any]:
     forward_op.register_autograd(run_backward, setup_context=setup_context)
 
     return forward_op
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

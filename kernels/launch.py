@@ -72,6 +72,11 @@ def launch(
         kernel[tuple(grid)](**arguments, **constants, num_warps=num_warps, num_stages=num_stages)
 
 
+def power_of_two(n: int) -> int:
+    """Round up to a power of two, which every block is."""
+    return 1 << (n - 1).bit_length()
+
+
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side; 132, an H100's, where the device does not say."""
     return _multiprocessors(device.index) if device.type == "cuda" else 132

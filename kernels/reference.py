@@ -46,7 +46,7 @@ def group_norm(
     C / num_groups channels of a group and all pixels of a sample.
     """
     n, c = x.shape[:2]
-    dtype, memory_format, exact = x.dtype, layout(x), _exact(x.dtype)
+    dtype, memory_format, exact = x.dtype, layout(x), computed_in(x.dtype)
     x = x.to(exact)
     if pre_bias is not None:
         x = x + pre_bias.to(exact)[..., None, None]
@@ -81,7 +81,7 @@ def group_norm(
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
     """o = softmax(q k^T * scale) v; Vaswani et al. 2017, equation 1, where scale is 1 / sqrt(D)."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    exact = _exact(q.dtype)
+    exact = computed_in(q.dtype)
     with no_autocast(q.device):
         scores = q.to(exact) @ k.to(exact).mT * scale
         return (torch.softmax(scores, -1) @ v.to(exact)).to(q.dtype)
@@ -173,7 +173,8 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def _exact(dtype: torch.dtype) -> torch.dtype:
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """Name the dtype in which a tensor of `dtype` is computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

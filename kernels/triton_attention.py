@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from . import reference, tuned
 from . import triton_attention_flash as flash
 from . import triton_attention_tile as tile
-from .launch import launch
+from .launch import launch, power_of_two
 
 # Stands in for a scale of 0, so that a masked score times it is still -inf.
 _TINY = 2.0**-100
@@ -113,7 +113,7 @@ def backward_blocks(
 
 def _tile(queries: int, keys: int) -> tuple[int, int, int]:
     """How many heads share a tile, and its rows and columns: at least the 16 of a product."""
-    m, n = _power_of_two(queries), _power_of_two(keys)
+    m, n = power_of_two(queries), power_of_two(keys)
     heads = max(1, 64 // max(m, n))
     return heads, max(16, m * heads), max(16, n * heads)
 
@@ -136,13 +136,9 @@ def _configured(
     return replace(usual, **{name: asked[name] for name in free if name in asked})
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _block_d(head_dim: int) -> int:
     # A product needs at least 16 columns.
-    return max(16, _power_of_two(head_dim))
+    return max(16, power_of_two(head_dim))
 
 
 def _empty(b: int, h: int, s: int, d: int, like: Tensor) -> Tensor:

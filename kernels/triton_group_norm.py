@@ -12,7 +12,7 @@ from . import reference, tuned
 from . import triton_group_norm_backward as backward_kernels
 from . import triton_group_norm_forward as forward_kernels
 from .fused_group_norm import Fused, Gradients, group_norm_with, register
-from .launch import launch, multiprocessors
+from .launch import launch, multiprocessors, power_of_two
 
 # The widest slab of whole groups one program takes; wider groups are split.
 MAX_SLAB = 512
@@ -67,24 +67,24 @@ def plan(x: Tensor, num_groups: int, *, backward: bool, dropout: bool) -> Plan:
             break
     slab = slab_groups * group
     slabs = -(-num_groups // slab_groups)
-    block_c = max(8, _power_of_two(slab))
+    block_c = max(8, power_of_two(slab))
     target = 2 * multiprocessors(x.device)
 
     registers = 4096 if backward else 8192
-    one_tile = _power_of_two(hw) * block_c <= registers
+    one_tile = power_of_two(hw) * block_c <= registers
     split = slab > MAX_SLAB or (n * slabs < target and not one_tile)
     asked = tuned.configuration("group_norm", x.device, _key(x, num_groups, backward)) or {}
     if asked.get("split", split) and (hw > 1 or slab > MAX_SLAB):
         return _split_plan(n, c, hw, size, channels_last, target, asked)
     if one_tile:
-        block_p = _power_of_two(hw)
+        block_p = power_of_two(hw)
         warps = min(8, max(1, block_p * block_c // 1024))
     else:
         slab_bytes = hw * slab * size
         warps = 16 if slab_bytes > 2**17 else 8 if slab_bytes > 2**15 else 4
         warps = asked.get("num_warps", warps)
         per_lane = asked.get("per_lane", 8 if backward else 16)
-        block_p = max(1, min(_power_of_two(hw), warps * 32 * per_lane // block_c))
+        block_p = max(1, min(power_of_two(hw), warps * 32 * per_lane // block_c))
     return Plan(slab_groups, slabs, 0, hw, one_tile, block_p, block_c, warps)
 
 
@@ -97,10 +97,10 @@ def _split_plan(
     target: int,
     asked: Mapping[str, int],
 ) -> Plan:
-    block_c = min(max(8, _power_of_two(c)), (128 if channels_last else 32) // size)
+    block_c = min(max(8, power_of_two(c)), (128 if channels_last else 32) // size)
     warps = asked.get("num_warps", 4)
     block_p = warps * 32 * asked.get("per_lane", 8) // block_c
-    block_p = min(max(16, block_p), max(16, _power_of_two(hw)))
+    block_p = min(max(16, block_p), max(16, power_of_two(hw)))
     slabs = -(-c // block_c)
     # Twice the multiprocessors' worth of programs, but no chunk below one tile.
     splits = max(1, min(-(-2 * target // max(1, n * slabs)), -(-hw // block_p)))
@@ -111,10 +111,6 @@ def _split_plan(
 def _key(x: Tensor, num_groups: int, backward: bool) -> str:
     name = tuned.group_norm_class(x.dtype, x.is_contiguous(), x.shape[1:], backward)
     return f"{name}/{x.shape[1] // num_groups}"
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -177,7 +173,7 @@ def forward(
             {**inputs, **affine, "p_seed": seed, **outputs, **rows, **sizes, **slabs, **groups,
              "eps": eps, **dropout},
             {**shared, **tile, "SLAB_GROUPS": cut.slab_groups,
-             "BLOCK_G": _power_of_two(cut.slab_groups), "SILU": silu, "ONE_TILE": cut.one_tile},
+             "BLOCK_G": power_of_two(cut.slab_groups), "SILU": silu, "ONE_TILE": cut.one_tile},
             num_warps=cut.num_warps,
         )  # fmt: skip
         return y, total, mean, rstd
@@ -197,7 +193,7 @@ def forward(
         (n * num_groups,),
         {"p_partial": partial, "p_mean": mean, "p_rstd": rstd, **sizes, **chunks, **groups,
          "eps": eps},
-        {**shared, "BLOCK_C": _power_of_two(shared["CG"])},
+        {**shared, "BLOCK_C": power_of_two(shared["CG"])},
         num_warps=_warps_of_a_group(shared["CG"]),
     )  # fmt: skip
     launch(
@@ -305,7 +301,7 @@ def _launch_backward(
             {**inputs, "p_ds": ds, **gradients, **rows, **samples, **sizes, **slabs, **groups,
              **dropout},
             {**shared, **tile, "SLAB_GROUPS": cut.slab_groups,
-             "BLOCK_G": _power_of_two(cut.slab_groups), "SILU": silu, "ONE_TILE": cut.one_tile},
+             "BLOCK_G": power_of_two(cut.slab_groups), "SILU": silu, "ONE_TILE": cut.one_tile},
             num_warps=cut.num_warps,
         )  # fmt: skip
         return
@@ -327,7 +323,7 @@ def _launch_backward(
         {"p_partial": partial, "p_weight": weight, "p_bias": bias, "p_scale": scale,
          "p_rstd": rstd, "p_moments": moments, **gradients, "scale_row": _row(scale),
          **samples, **sizes, **splits, **groups},
-        {**shared, "BLOCK_C": _power_of_two(shared["CG"])},
+        {**shared, "BLOCK_C": power_of_two(shared["CG"])},
         num_warps=_warps_of_a_group(shared["CG"]),
     )  # fmt: skip
     launch(

@@ -1,4 +1,5 @@
-"""Triton kernels of the fused group norm; `group_norm.py` chooses among them and launches them.
+"""Triton kernels of the fused group norm; `triton_group_norm.py` chooses among
+them and launches them.
 
 A tile is [BLOCK_P pixels, BLOCK_C channels] of one sample in either layout. Two regimes:
 

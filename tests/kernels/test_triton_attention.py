@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ddb_fast.kernels import attention, attention_qkv, triton_backend
+from ddb_fast.kernels import attention, attention_qkv, launch, triton_backend
 from ddb_fast.kernels import triton_attention as module
 from memory import fenced, poisoned
 
@@ -27,10 +27,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-def power_of_two(n):
-    return 1 << (n - 1).bit_length()
-
-
 @pytest.fixture(params=("usual", "one_head", "flash"))
 def cut(request, monkeypatch):
     """Cut every call in one way; where two blocks of queries are needed, they are of 16."""
@@ -41,12 +37,12 @@ def cut(request, monkeypatch):
     def forward_blocks(dtype, queries, keys, head_dim, device):
         if request.param == "flash":
             return walked
-        return module.Blocks(16, max(16, power_of_two(keys)), 4, heads=1)
+        return module.Blocks(16, max(16, launch.power_of_two(keys)), 4, heads=1)
 
     def backward_blocks(dtype, queries, keys, head_dim, device):
         if request.param == "flash":
             return walked, walked
-        m, n = (max(16, power_of_two(length)) for length in (queries, keys))
+        m, n = (max(16, launch.power_of_two(length)) for length in (queries, keys))
         blocks = module.Blocks(m, n, 4, heads=1, chunk=16)
         return blocks, blocks
 
