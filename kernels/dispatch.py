@@ -59,8 +59,8 @@ BACKENDS = (
     Backend("xformers", xformers_backend.why_not, xformers_backend.OPS),
     Backend("reference", reference.why_not, reference.OPS),
 )
-# Above this length torch's own attention is near what the hardware gives, and in fp32, which takes
-# three products of parts, ours spills.
+# Above this length torch's own attention is near what a GPU gives, and in fp32, which takes three
+# products of parts, Triton's spills.
 _SHORT = 256
 
 
@@ -130,8 +130,12 @@ def automatic(op: str, *arguments: Any) -> tuple[str, ...]:
         else:
             length, width = x.shape[1], x.shape[2] // (3 * arguments[1])
         describe, details = tuned.attention_class, (x.dtype, length, width)
-        ours = x.device.type != "cpu" and x.dtype.itemsize == 2 and length <= _SHORT
-        usual = ("triton", "torch", "reference") if ours else ("torch", "reference")
+        if x.device.type == "cpu":
+            usual = ("native", "torch", "reference")
+        elif x.dtype.itemsize == 2 and length <= _SHORT:
+            usual = ("triton", "torch", "reference")
+        else:
+            usual = ("torch", "reference")
     find = _measured if torch.compiler.is_compiling() else _remembered
     measured = find(OPS[op], x.device, describe, *details, torch.is_grad_enabled())
     return usual if measured is None else (measured, *usual)

@@ -1,27 +1,27 @@
-"""The C++ group norm for CPUs, see csrc/: loads the library that setup.py builds, at its first use.
+"""The C++ operators for CPUs, see csrc/: loads the library that setup.py builds, at its first use.
 
 The library registers `torch.ops.ddb_fast_native` with the stable ABI of torch 2.10; the operators
 check nothing that `ops.py` has checked before.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import fused_attention
+from .fused_attention import attention_with, empty_like_tokens
 from .fused_group_norm import Fused, Gradients, group_norm_with, register
 
 LIBRARY = Path(__file__).with_name("_native.so")
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _unavailable: str | None = "not tried yet"
 
 
 def why_not(op: str, *arguments: Any) -> list[str]:
-    """List the reasons why the C++ operator cannot run `op` on (x, num_groups), or at all."""
-    if op != "group_norm":
-        return ["the C++ operators are group norms only"]
+    """List the reasons why the C++ operators cannot run `op`, see `dispatch.Backend`."""
     if _unavailable is not None and (reason := _load()) is not None:
         return [reason]
     if not arguments:
@@ -29,8 +29,8 @@ def why_not(op: str, *arguments: Any) -> list[str]:
     x = arguments[0]
     if x.device.type != "cpu":
         return [f"the C++ operators run on CPUs, not on {x.device.type}"]
-    if x.dtype not in _DTYPES:
-        return [f"the C++ operators take fp32, bf16, fp16 and fp64, not {x.dtype}"]
+    if x.dtype == torch.float64 and op != "group_norm":
+        return ["the C++ attention computes in fp32, these tensors are fp64"]
     return []
 
 
@@ -61,6 +61,32 @@ def _backward(*arguments: Any) -> Gradients:
     return Gradients(*torch.ops.ddb_fast_native.group_norm_backward.default(*others, *needs))
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    o = empty_like_tokens(*q.shape, q)
+    # Of each row its largest score, and the sum of the exponentials below it.
+    statistics = q.new_empty((*q.shape[:3], 2), dtype=torch.float32)
+    torch.ops.ddb_fast_native.attention.default(q, k, v, o, statistics, scale)
+    return o, statistics
+
+
+def _attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    statistics: Tensor,
+    scale: float,
+    gradients: Sequence[Tensor],
+) -> None:
+    torch.ops.ddb_fast_native.attention_backward.default(
+        do, q, k, v, o, statistics, *gradients, scale
+    )
+
+
 fused = Fused(_forward, _backward)
 
-OPS = {"group_norm": group_norm_with(fused, register("native", fused))}
+OPS = {
+    "group_norm": group_norm_with(fused, register("native", fused)),
+    **attention_with("native", fused_attention.Fused(_attention, _attention_backward, (2,))),
+}

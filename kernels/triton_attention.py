@@ -1,9 +1,4 @@
-"""Triton's attention: which kernels run with which blocks, their launch, and their registration.
-
-Eager calls go through a `torch.autograd.Function`; while torch.compile traces, through one
-`torch.library.custom_op` per direction. Both take q, k and v apart or, as `qkv`, packed as
-[3, H, D] in the last axis of one tensor, whose gradient the kernels then write in that form.
-"""
+"""Triton's attention: which kernels run with which blocks, and their launch."""
 
 import functools
 import math
@@ -13,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import reference, tuned
 from . import triton_attention_flash as flash
 from . import triton_attention_tile as tile
+from . import tuned
+from .fused_attention import Fused, attention_with, empty_like_tokens
 from .launch import launch, power_of_two
 
 # Stands in for a scale of 0, so that a masked score times it is still -inf.
@@ -139,17 +134,6 @@ def _configured(
 def _block_d(head_dim: int) -> int:
     # A product needs at least 16 columns.
     return max(16, power_of_two(head_dim))
-
-
-def _empty(b: int, h: int, s: int, d: int, like: Tensor) -> Tensor:
-    """Make an empty (b, h, s, d), in memory (b, s, h, d) if `like` has tokens outside of heads."""
-    if like.stride(2) > like.stride(1):
-        return like.new_empty((b, s, h, d)).transpose(1, 2)
-    return like.new_empty((b, h, s, d))
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
 
 
 Strides = tuple[int, ...]
@@ -287,7 +271,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     """
     shape, keys = q.shape, k.shape[2]
     b, h, s, d = shape
-    o = _empty(b, h, s, d, q)
+    o = empty_like_tokens(b, h, s, d, q)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
     if b * h > 0:
         blocks = forward_blocks(q.dtype, s, keys, d, q.device)
@@ -305,19 +289,17 @@ def backward(
     o: Tensor,
     lse: Tensor,
     scale: float,
-    gradients: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute dq, dk and dv, each in memory like its operand, or in the tensors `gradients`.
+    gradients: Sequence[Tensor],
+) -> None:
+    """Write dq, dk and dv to `gradients`; dk and dv have the same strides.
 
-    do like o with any strides but 1 in D; dk and dv of `gradients` have the same strides.
+    do like o with any strides but 1 in D.
     """
     shape, keys = q.shape, k.shape[2]
     b, h, s, d = shape
-    if gradients is None:
-        gradients = (_empty(b, h, s, d, q), _empty(b, h, keys, d, k), _empty(b, h, keys, d, k))
-    dq, dk, dv = gradients
     if b * h == 0:
-        return dq, dk, dv
+        return
+    dq, dk, dv = gradients
     plans = _backward_plans(
         *backward_blocks(q.dtype, s, keys, d, q.device), q.dtype, shape, keys, scale,
         q.stride(), k.stride(), v.stride(), o.stride(), do.stride(), dq.stride(), dk.stride(),
@@ -329,130 +311,6 @@ def backward(
         delta = torch.empty_like(lse)
         plans[0].run(**inputs, p_o=o, p_delta=delta, p_dq=dq)
         plans[1].run(**inputs, p_delta=delta, p_dk=dk, p_dv=dv)
-    return dq, dk, dv
 
 
-# What autograd and the compiler see: q is the packed tensor and k and v are absent, or all three
-# are given and num_heads is 0.
-
-
-def _apart(q: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int) -> tuple[Tensor, ...]:
-    if k is None:
-        return reference.unpack(q, num_heads)
-    return q, k, v
-
-
-def _forward(
-    q: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    return forward(*map(_dense, _apart(q, k, v, num_heads)), scale)
-
-
-def _backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    num_heads: int,
-    scale: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    operands = (*map(_dense, _apart(q, k, v, num_heads)), o, lse, scale)
-    if k is not None:
-        return backward(_dense(do), *operands)
-    d_qkv = q.new_empty(q.shape)
-    backward(_dense(do), *operands, reference.unpack(d_qkv, num_heads))
-    return d_qkv, None, None
-
-
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int, scale: float
-    ) -> Tensor:
-        o, lse = _forward(q, k, v, num_heads, scale)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.num_heads, ctx.scale = num_heads, scale
-        return o
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> Any:
-        return (*_backward(do, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None)
-
-
-@torch.library.custom_op("ddb_fast::attention_triton", mutates_args=())
-def _forward_op(
-    q: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, num_heads, scale)
-
-
-@_forward_op.register_fake
-def _(q, k, v, num_heads, scale):
-    q = _dense(_apart(q, k, v, num_heads)[0])
-    return _empty(*q.shape, q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("ddb_fast::attention_triton_backward", mutates_args=())
-def _backward_op(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    num_heads: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _backward(do, q, k, v, o, lse, num_heads, scale)
-    return dq, q.new_empty(0) if dk is None else dk, q.new_empty(0) if dv is None else dv
-
-
-@_backward_op.register_fake
-def _(do, q, k, v, o, lse, num_heads, scale):
-    if k is None:
-        return q.new_empty(q.shape), q.new_empty(0), q.new_empty(0)
-    q, k = _dense(q), _dense(k)
-    return _empty(*q.shape, q), _empty(*k.shape, k), _empty(*k.shape, k)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.num_heads, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _run_backward(ctx: Any, do: Tensor, _: Tensor | None) -> Any:
-    grads = _backward_op(do, *ctx.saved_tensors, ctx.num_heads, ctx.scale)
-    if ctx.num_heads:
-        grads = (grads[0], None, None)
-    return (*grads, None, None)
-
-
-_forward_op.register_autograd(_run_backward, setup_context=_setup_context)
-
-
-def _attention(
-    q: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int, scale: float
-) -> Tensor:
-    if torch.compiler.is_compiling():
-        return _forward_op(q, k, v, num_heads, scale)[0]
-    if torch.is_grad_enabled():
-        return _Function.apply(q, k, v, num_heads, scale)
-    return _forward(q, k, v, num_heads, scale)[0]
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
-    """softmax(q k^T * scale) v, see `ops.attention`."""
-    return _attention(q, k, v, 0, q.shape[3] ** -0.5 if scale is None else scale)
-
-
-def attention_qkv(qkv: Tensor, num_heads: int, *, scale: float | None) -> Tensor:
-    """Attention on a packed (B, S, 3 * H * D) projection; returns (B, S, H * D)."""
-    if scale is None:
-        scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
-    return reference.pack(_attention(qkv, None, None, num_heads, scale))
-
-
-OPS = {"attention": attention, "attention_qkv": attention_qkv}
+OPS = attention_with("triton", Fused(forward, backward, ()))

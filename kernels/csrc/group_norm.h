@@ -5,17 +5,9 @@
 
 #include <cstdint>
 
+#include "formats.h"
+
 namespace ddb_fast {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-struct Half {
-  uint16_t bits;
-};
-
-enum class Format { float32, bfloat16, float16, float64 };
 
 // An operand that is the same for all pixels: (C,) with row_stride 0, or (N, C) with stride 1 in C.
 struct Rows {

@@ -18,6 +18,7 @@
 #include <tuple>
 
 #include "group_norm.h"
+#include "level.h"
 
 namespace ddb_fast {
 
@@ -33,9 +34,20 @@ extern const Kernels kernels;
 }
 #endif
 
+using torch::stable::Tensor;
+
+Format format_of(const Tensor& x) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  if (dtype == aoti_torch_dtype_float32()) return Format::float32;
+  if (dtype == aoti_torch_dtype_bfloat16()) return Format::bfloat16;
+  if (dtype == aoti_torch_dtype_float16()) return Format::float16;
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float64(), "not a floating-point tensor");
+  return Format::float64;
+}
+
 namespace {
 
-using torch::stable::Tensor;
 using Operand = std::optional<Tensor>;
 
 // Instruction sets by number: 0 what the compiler assumes, 1 AVX2, 2 AVX-512 with bf16. Older
@@ -56,6 +68,12 @@ int64_t best_level() {
 
 int64_t level = best_level();
 
+}  // namespace
+
+int64_t current_level() { return level; }
+
+namespace {
+
 const Kernels& kernels() {
 #if defined(__x86_64__)
   if (level == 2) return avx512::kernels;
@@ -70,16 +88,6 @@ int64_t set_level(int64_t wanted) {
   STD_TORCH_CHECK(0 <= wanted && wanted <= best, "level must be in 0..", best, ", got ", wanted);
   level = wanted;
   return best;
-}
-
-Format format_of(const Tensor& x) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  if (dtype == aoti_torch_dtype_float32()) return Format::float32;
-  if (dtype == aoti_torch_dtype_bfloat16()) return Format::bfloat16;
-  if (dtype == aoti_torch_dtype_float16()) return Format::float16;
-  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float64(), "not a floating-point tensor");
-  return Format::float64;
 }
 
 int64_t bytes_of(Format format) {

@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "group_norm.h"
+#include "formats.h"
 
 namespace ddb_fast::DDB_LEVEL {
 
@@ -179,8 +179,18 @@ inline VF at_most(VF x, float limit) {
 
 inline VF at_least(VF x, float limit) { return -at_most(-x, -limit); }
 
-// 1 + exp(-z); relative error 1e-7, or 1e-4 where `rough`. Minimax polynomials for the relative
-// error on [-ln(2) / 2, ln(2) / 2], by Remez' algorithm.
+// exp(r) for |r| <= ln(2) / 2; relative error 1e-7, or 1e-4 where `rough`. Minimax polynomials for
+// the relative error, by Remez' algorithm.
+template <bool rough>
+inline VF exp_near_zero(VF r) {
+  if constexpr (rough)
+    return ((0.1656684235f * r + 0.5049632642f) * r + 1.000164186f) * r + 0.9999280735f;
+  VF p = (0.008297655198f * r + 0.04191538198f) * r + 0.1666757473f;
+  p = ((p * r + 0.4999889485f) * r + 0.999999692f) * r + 1.000000072f;
+  return p;
+}
+
+// 1 + exp(-z); relative error as exp_near_zero's.
 template <bool rough>
 inline VF one_plus_exp_of_minus(VF z) {
   z = at_most(z, 80.0f);
@@ -192,18 +202,25 @@ inline VF one_plus_exp_of_minus(VF z) {
   const VF shifted = z * -1.44269504f + 0x1.8p23f;  // rounds to an integer, kept in the low bits
   const VF n = shifted - 0x1.8p23f;
 #endif
-  const VF r = -z - n * 0.693147181f;
-  VF p;
-  if constexpr (rough) {
-    p = ((0.1656684235f * r + 0.5049632642f) * r + 1.000164186f) * r + 0.9999280735f;
-  } else {
-    p = (0.008297655198f * r + 0.04191538198f) * r + 0.1666757473f;
-    p = ((p * r + 0.4999889485f) * r + 0.999999692f) * r + 1.000000072f;
-  }
+  const VF p = exp_near_zero<rough>(-z - n * 0.693147181f);
 #if defined(__AVX512F__)
   return (VF)_mm512_scalef_ps((__m512)p, (__m512)n) + 1.0f;
 #else
   return (VF)((VU)p + ((VU)shifted << 23)) + 1.0f;
+#endif
+}
+
+// 2^x for x <= 0, relative error 1e-7; 0 or next to nothing below -126.
+inline VF exp2_below_zero(VF x) {
+  x = at_least(x, -126.0f);
+#if defined(__AVX512F__)
+  const VF n = (VF)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const VF p = exp_near_zero<false>((x - n) * 0.693147181f);
+  return (VF)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const VF shifted = x + 0x1.8p23f;
+  const VF p = exp_near_zero<false>((x - (shifted - 0x1.8p23f)) * 0.693147181f);
+  return (VF)((VU)p + ((VU)shifted << 23));
 #endif
 }
 

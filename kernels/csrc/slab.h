@@ -2,6 +2,7 @@
 // coefficients of the passes over the pixels out, and the gradients from the channels' sums.
 #pragma once
 
+#include "group_norm.h"
 #include "simd.h"
 
 namespace ddb_fast::DDB_LEVEL {

@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ddb_fast.kernels import attention, attention_qkv
 
-backends = pytest.mark.parametrize("backend", ("reference", "torch", "triton"))
-# Triton computes in fp32.
+backends = pytest.mark.parametrize("backend", ("reference", "torch", "triton", "native"))
+# Triton and C++ compute in fp32.
 doubles = pytest.mark.parametrize("backend", ("reference", "torch"))
 HALVES = (torch.bfloat16, torch.float16)
 
