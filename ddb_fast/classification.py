@@ -128,7 +128,7 @@ def logits_of(
     """Logits (N, K) fp32 on the CPU of uint8 NHWC images, in eval mode without augmentation.
 
     crop: centre crop (target classifiers, from `large`); otherwise a plain resize (the amplifier,
-    whose real images come from `small`, down and up again like the synthetic ones).
+    whose real images come from `small`, squashed or padded to the size of the synthetic ones).
     """
     network.eval()
     view = centre if crop else amplifier_view

@@ -24,14 +24,22 @@ def run(argv: Sequence[str]) -> int:
 def show_data(argv: Sequence[str]) -> int:
     parser = OneLineParser(prog="ddb-fast data", description=COMMANDS["data"])
     parser.add_argument("path", help="an image folder or a CSV; `digits` for the embedded set")
+    parser.add_argument(
+        "--as", dest="source", choices=("auto", "folder", "csv", "colored-mnist"), default="auto",
+        help="what lies there (auto: a folder or a CSV)",
+    )  # fmt: skip
+    parser.add_argument("--rho", type=float, help="of sets rendered here: share of aligned images")
     arguments = parser.parse_args(argv)
 
     from ddb_fast.config import DataConfig
     from ddb_fast.data.sources import describe, open_listing
 
-    embedded = arguments.path == "digits"
-    config = DataConfig(source="digits") if embedded else DataConfig(path=arguments.path)
-    print(describe(open_listing(config)))
+    place = {"source": arguments.source, "path": arguments.path}
+    if arguments.path == "digits" and arguments.source == "auto":
+        place = {"source": "digits"}
+    if arguments.rho is not None:
+        place["rho"] = arguments.rho
+    print(describe(open_listing(DataConfig(**place))))
     return 0
 
 

@@ -15,7 +15,7 @@ from ddb_fast.context import Context
 from ddb_fast.data.pixels import normalise
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.sources import list_folder
-from ddb_fast.data.store import gather, resident, squash
+from ddb_fast.data.store import FITS, gather, resident
 from ddb_fast.diffusion.generate import generate_batch, plan
 from ddb_fast.diffusion.losses import diffusion_loss
 from ddb_fast.diffusion.schedule import make_schedule
@@ -191,7 +191,7 @@ def import_diffusion(context: Context, folder: Path) -> None:
 
 
 def import_synthetic(context: Context, folder: Path) -> None:
-    """Take over synthetic images (`--synthetic DIR`, a folder per class), squashed to size."""
+    """Take over synthetic images (`--synthetic DIR`, a folder per class), fitted as the data is."""
     source, classes = context.config.sampling.load, context.data.classes
     # Nothing is held out: every image is synthetic training material.
     listing = list_folder(source, validation_share=0, test_share=0)
@@ -199,9 +199,9 @@ def import_synthetic(context: Context, folder: Path) -> None:
         raise ValueError(f"{source}: its classes {listing.classes} are not the data's {classes}")
     # By name: folders sort 0, 1, 10, 2 where a CSV's classes count 0, 1, 2.
     number = torch.tensor([classes.index(name) for name in listing.classes])
-    size = context.config.diffusion.image_size
+    size, fitted = context.config.diffusion.image_size, FITS[context.data.fit]
     if context.accelerator.is_main_process:
-        images = torch.stack([squash(listing.read(i), size) for i in range(len(listing))])
+        images = torch.stack([fitted(listing.read(i), size) for i in range(len(listing))])
         labels = number[listing.y]
         # No seed made these images; -1 says so where generated ones carry theirs.
         tensors = {"images": images, "labels": labels, "seeds": torch.full_like(labels, -1)}

@@ -78,8 +78,9 @@ def centre(images: Tensor, size: int) -> Tensor:
 def amplifier_view(images: Tensor, size: int) -> Tensor:
     """The view that the amplifier scores: (N, 3, size, size) float32 in 0..255, channels_last.
 
-    images: (N, 3, S, S) uint8 at the diffusion model's size, the whole of which is resized:
-    bilinear, antialiased, nothing where the size is equal. ValueError for another dtype or shape.
+    images: (N, 3, S, S) uint8 at the diffusion model's size, synthetic or real (`store.FITS`), the
+    whole of which is resized: bilinear, antialiased, nothing where the size is equal. ValueError
+    for another dtype or shape.
     """
     _check(images, size)
     return _resize(images, size)

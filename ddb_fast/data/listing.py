@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +44,10 @@ class Listing:
     classes, biases: names of the values of y and a; biases is None without bias labels, and then
     every entry's `a` is. aligned_bias: the attribute of each class that makes its images
     bias-aligned, None to take the majority among the training images. bias_of: the attributes (N,)
-    of any uint8 images (N, 3, H, W), where pixels tell. ValueError for fewer than two classes, a
-    class without training images, or a path that is listed twice or is not Unicode.
+    of any uint8 images (N, 3, H, W), where pixels tell. fit: how the diffusion model's copy takes
+    its size: squash resizes; pad puts black around what is smaller and resizes what is larger.
+    ValueError for fewer than two classes, a class without training images, or a path that is listed
+    twice or is not Unicode.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Listing:
     biases: tuple[str, ...] | None = None
     aligned_bias: tuple[int, ...] | None = None
     bias_of: Callable[[Tensor], Tensor] | None = None
+    fit: Literal["squash", "pad"] = "squash"
 
     def __post_init__(self) -> None:
         order = sorted(self.entries, key=lambda e: (SPLITS.index(e.split), e.y, e.path))

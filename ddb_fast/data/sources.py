@@ -1,4 +1,4 @@
-"""Where images come from: a folder of classes, a CSV, or the embedded digits, each as a Listing."""
+"""Where images come from, each as a Listing: a folder of classes, a CSV, or a known data set."""
 
 import csv
 import logging
@@ -177,7 +177,7 @@ def _numbered(table: Path, column: str, values: set[int]) -> tuple[str, ...]:
 
 
 def open_listing(config: DataConfig) -> Listing:
-    """List what a configuration names: a folder, a CSV, or the embedded Colored Digits.
+    """List what a configuration names: a folder, a CSV, Colored MNIST, or the embedded digits.
 
     ValueError, one line, for everything a user can get wrong.
     """
@@ -191,6 +191,10 @@ def open_listing(config: DataConfig) -> Listing:
             "no images named: give --data FOLDER, --data FILE.csv or the preset digits"
         )
     path, source = Path(config.path), config.source
+    if source == "colored-mnist":
+        from ddb_fast.data.colored_mnist import colored_mnist
+
+        return colored_mnist(path, rho=config.rho, validation_share=config.validation_share)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; {_TREE}, or a CSV with path, y")
     if source == "auto":

@@ -58,7 +58,7 @@ class Split:
 class ImageData:
     """A decoded set: `splits` has train and, where they hold images, val and test, in that order.
 
-    `bias_of` and `aligned_bias` are the Listing's; `fingerprint` too, of all it listed.
+    `bias_of`, `aligned_bias` and `fit` are the Listing's; `fingerprint` too, of all it listed.
     """
 
     name: str
@@ -68,6 +68,7 @@ class ImageData:
     fingerprint: str
     aligned_bias: tuple[int, ...] | None = None
     bias_of: Callable[[Tensor], Tensor] | None = None
+    fit: Literal["squash", "pad"] = "squash"
 
     def groups(self, split: str) -> Groups | None:
         """The true groups of a split; None without bias labels.
@@ -97,6 +98,19 @@ def squash(image: Image.Image, size: int) -> Tensor:
     return _tensor(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
+def pad(image: Image.Image, size: int) -> Tensor:
+    """The image unchanged amid black: (3, size, size) uint8; one that is larger is squashed."""
+    if max(image.size) > size:
+        return squash(image, size)
+    page = Image.new("RGB", (size, size))
+    page.paste(image, tuple((size - side) // 2 for side in image.size))
+    return _tensor(page)
+
+
+FITS = {"squash": squash, "pad": pad}
+"""What makes `small` of an image, by the Listing's `fit`."""
+
+
 def centre_square(image: Image.Image, size: int) -> Tensor:
     """Shorter side resized to `size` (bicubic, as `squash`), then the centre: (3, size, size)."""
     side, (width, height) = min(image.size), image.size
@@ -120,9 +134,11 @@ def open_images(
 ) -> ImageData:
     """Decode a listing into `cache_dir`, or open what was decoded there before.
 
-    image_size: side of `small` (`squash`). cache_size: side of `large` (`centre_square`).
+    image_size: side of `small`, which the listing's `fit` makes. cache_size: side of `large`
+    (`centre_square`).
     corrupt: error stops at the fifth broken file, or at the end if there are fewer, and names them;
-    skip drops them and says so. A cache that is unfinished or of other sizes is written anew.
+    skip drops them and says so. A cache that is unfinished, or of other sizes or another fit, is
+    written anew.
 
     Raises:
         ValueError: broken files; a class left without training images; the cache is of other data.
@@ -133,6 +149,7 @@ def open_images(
     cache = Path(cache_dir)
     sizes = {"small": image_size, "large": cache_size}
     expected = {"format": _FORMAT, "fingerprint": listing.fingerprint, "sizes": sizes}
+    expected["fit"] = listing.fit
     dropped = _find(cache, expected, listing)
     if dropped is None or (dropped and corrupt == "error"):
         dropped = _decode(listing, cache, expected, corrupt, progress)
@@ -162,6 +179,7 @@ def open_images(
         fingerprint=listing.fingerprint,
         aligned_bias=kept.aligned_bias,
         bias_of=kept.bias_of,
+        fit=kept.fit,
     )
 
 
@@ -188,6 +206,7 @@ def _find(cache: Path, expected: dict[str, Any], listing: Listing) -> list[int] 
             f"{cache} was decoded from other files, labels or splits than {listing.name} has now; "
             "restore the data, or delete that folder, or name another one with --out"
         )
+    meta = {"fit": "squash", **meta}  # caches from before there was a choice
     if {key: meta.get(key) for key in expected} != expected:
         return None
     count = len(listing) - len(meta["dropped"])
@@ -205,7 +224,7 @@ def _decode(
     cache.mkdir(parents=True, exist_ok=True)
     # From here on the arrays may be new ones, which an old meta.json must not vouch for.
     (cache / "meta.json").unlink(missing_ok=True)
-    sizes = meta["sizes"]
+    sizes, fitted = meta["sizes"], FITS[listing.fit]
     broken: dict[int, str] = {}
 
     def decode(i: int) -> tuple[Tensor, Tensor] | str:
@@ -213,7 +232,7 @@ def _decode(
             image = listing.read(i)
         except BrokenImageError as error:
             return str(error)  # not the exception, which would keep the file's bytes alive
-        return squash(image, sizes["small"]), centre_square(image, sizes["large"])
+        return fitted(image, sizes["small"]), centre_square(image, sizes["large"])
 
     bar = tqdm(
         total=len(listing),
