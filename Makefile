@@ -10,7 +10,7 @@ setup: .venv/.installed
 .venv/.installed: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) setuptools wheel
+	$(PIP) setuptools wheel torch  # torch first: the C++ operators are built against it
 	$(PIP) --no-build-isolation -e .
 	touch $@
 
