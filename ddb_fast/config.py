@@ -19,6 +19,7 @@ _COUNT, _SHARE, _POSITIVE = (1, math.inf), (0.0, 1.0), (0.0, math.inf)
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("images", "batch_size", "accumulate", "per_class", "steps"), _COUNT),
     **dict.fromkeys(("timesteps", "image_size", "cache_size", "threads", "width"), _COUNT),
+    **dict.fromkeys(("looks",), _COUNT),
     **dict.fromkeys(("channels", "blocks_per_level", "norm_groups", "embedding"), _COUNT),
     **dict.fromkeys(("head_channels", "ema_half_life", "checkpoint_images"), _COUNT),
     **dict.fromkeys(("channel_multipliers",), _COUNT),
@@ -219,6 +220,13 @@ class RunConfig:
     """erm, group-dro (needs bias labels), ddb-i, ddb-i-error-set, ddb-i-predicted, ddb-ii."""
     seeds: tuple[int, ...] = (0,)
     """A classifier per method and seed; generator and amplifier are shared."""
+    selection: Literal[
+        "last", "average_accuracy", "unbiased_accuracy", "worst_group_accuracy"
+    ] = "last"  # fmt: skip
+    """Which weights of a target classifier are kept: those of the last step, or those best by this
+    figure on the validation split, every method alike."""
+    looks: int = 20
+    """How often the validation split is looked at in a training, where `selection` asks for it."""
     seed: int = 0
     """Of the diffusion model, the synthetic set and the amplifier."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -255,7 +263,7 @@ _DIFFUSION = (*_DATA, "diffusion", "seed", "precision")
 _SAMPLING = (*_DIFFUSION, "sampling")
 _AMPLIFIER = (*_SAMPLING, "amplifier")
 _SCORES = (*_AMPLIFIER, "pseudo_labels")
-_TARGET = (*_DATA, "classifier", "precision")
+_TARGET = (*_DATA, "classifier", "precision", "selection", "looks")
 STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "data": (*_DATA, "diffusion.image_size"),
     "diffusion": _DIFFUSION,
@@ -279,6 +287,18 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             leaves |= flatten(value, f"{prefix}{f.name}.")
         else:
+            leaves[prefix + f.name] = list(value) if isinstance(value, tuple) else value
+    return leaves
+
+
+def default_fields(cls: type = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """The flattened fields that have a default, with it; `flatten` of the rest is a preset's."""
+    leaves, hints = {}, typing.get_type_hints(cls)
+    for f in fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            leaves |= default_fields(hints[f.name], f"{prefix}{f.name}.")
+        elif f.default is not dataclasses.MISSING:
+            value = f.default
             leaves[prefix + f.name] = list(value) if isinstance(value, tuple) else value
     return leaves
 

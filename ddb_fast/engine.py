@@ -97,6 +97,37 @@ class EMA:
                 self.tensors[name].copy_(state[name])
 
 
+class Selection:
+    """Looks at a network while it trains and keeps the weights that look best.
+
+    score(network) -> named figures, higher is better; `by` names the one that decides. `times`
+    looks are spread evenly over the training, the last after its last step. NaN is never best, of
+    equals the first stays. `curve` has a row a look: {"images": n, **figures}.
+    """
+
+    def __init__(self, score: Callable[[nn.Module], dict[str, float]], *, by: str, times: int):
+        self._score, self._by, self._times = score, by, times
+        self.curve: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] = {}
+
+    def due(self, before: int, after: int, total: int) -> bool:
+        """Whether a look falls between `before` and `after` images of `total`."""
+        return after * self._times // total > before * self._times // total
+
+    @property
+    def images(self) -> int | None:
+        """After how many images the best look was; None where none had a figure."""
+        rows = [row for row in self.curve if not math.isnan(row[self._by])]
+        return max(rows, key=lambda row: row[self._by])["images"] if rows else None
+
+    def look(self, network: nn.Module, images: int) -> None:
+        network.eval()
+        self.curve.append({"images": images, **self._score(network)})
+        network.train()
+        if self.images == images:
+            self.best = {name: t.detach().clone() for name, t in network.state_dict().items()}
+
+
 def fit(
     accelerator: Accelerator,
     network: nn.Module,
@@ -110,15 +141,19 @@ def fit(
     checkpoints: Checkpoints,
     recipe: nn.Module | None = None,
     ema: EMA | None = None,
+    selection: Selection | None = None,
     show_progress: bool = True,
 ) -> float:
     """Train `network` in place for `config.images` images; return the seconds it took in all.
+
+    It ends with the weights of the last step or, with a `selection`, with the best it found.
 
     Args:
         loss_of: (model, index (b,) int64 on the device) -> the scalar loss of this device's share
             of the batch. The model it is given may be wrapped for mixed precision and DDP.
         recipe: a module whose buffers are part of the training state (group weights, tables).
         ema: moving average updated after each step; its tensors are saved with the checkpoint.
+        selection: which weights are kept; each rank looks for itself, at the same weights.
 
     Raises:
         ValueError: `batch_size` is not a multiple of devices x `accumulate`, or the checkpoint
@@ -146,6 +181,9 @@ def fit(
         if ema is not None:
             for name, tensor in checkpoint.select(tensors, "ema").items():
                 ema.tensors[name].copy_(tensor)
+        if selection is not None:
+            selection.best = checkpoint.select(tensors, "best")
+            selection.curve = metadata["curve"]
         start, seconds = metadata["step"], metadata["seconds"]
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(metadata["scaler"])
@@ -165,6 +203,9 @@ def fit(
         if ema is not None:
             tensors |= checkpoint.with_prefix("ema", ema.tensors)
         metadata = {"step": step, "seconds": seconds + time.monotonic() - began}
+        if selection is not None:
+            tensors |= checkpoint.with_prefix("best", selection.best)
+            metadata["curve"] = selection.curve
         if accelerator.scaler is not None:
             metadata["scaler"] = accelerator.scaler.state_dict()
         checkpoint.save_tensors(checkpoints.path, tensors, metadata)
@@ -191,6 +232,8 @@ def fit(
             images = (step + 1) * size
             if ema is not None:
                 ema.update(images, size)
+            if selection is not None and selection.due(images - size, images, steps * size):
+                selection.look(network, images)
             bar.update(size, total)
             due = time.monotonic() - saved_at > 60 * checkpoints.minutes or (
                 checkpoints.images is not None and images - images_saved >= checkpoints.images
@@ -202,4 +245,6 @@ def fit(
     # Gives the network its own forward back, and lets go of the optimiser.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
+    if selection is not None and selection.best:
+        network.load_state_dict(selection.best)
     return seconds + time.monotonic() - began

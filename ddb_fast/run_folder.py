@@ -18,7 +18,14 @@ import torch
 
 import ddb_fast
 from ddb_fast.checkpoint import write_atomically
-from ddb_fast.config import METHODS, RunConfig, fields_hash, stage_fields, to_json
+from ddb_fast.config import (
+    METHODS,
+    RunConfig,
+    default_fields,
+    fields_hash,
+    stage_fields,
+    to_json,
+)
 
 
 def _git_commit() -> str | None:
@@ -101,11 +108,13 @@ class RunFolder:
         return {**stage_fields(self._config, stage), "data.fingerprint": self._fingerprint}
 
     def _refuse_differences(self) -> None:
-        differences = {}
+        differences, defaults = {}, default_fields()
         for key, entry in self._stages.items():
             asked = self._fields(key)
             for name in sorted(set(asked) | set(entry["fields"])):
-                there, here = entry["fields"].get(name), asked.get(name)
+                # A field that came after this run was begun had its default there.
+                there = entry["fields"].get(name, defaults.get(name))
+                here = asked.get(name)
                 if there != here:
                     differences[name] = f"{name} is {there} there, {here} here"
         if differences:

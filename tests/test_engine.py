@@ -11,7 +11,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ddb_fast.config import Optimisation
 from ddb_fast.data.samplers import ShuffledSampler
-from ddb_fast.engine import EMA, Checkpoints, build_optimizer, fit, learning_rate, step_seed
+from ddb_fast.engine import (
+    EMA,
+    Checkpoints,
+    Selection,
+    build_optimizer,
+    fit,
+    learning_rate,
+    step_seed,
+)
 from ddb_fast.trackers import RunLog
 
 
@@ -98,7 +106,7 @@ class Table(nn.Module):
         return (losses / self.visits[index]).mean()
 
 
-def train(tmp_path, name, *, optimisation=None, stop_after=None, every=None):
+def train(tmp_path, name, *, optimisation=None, stop_after=None, every=None, selection=None):
     """Fit a small noisy network; optionally interrupt, as Ctrl-C would, after some steps."""
     torch.manual_seed(1)
     x, y = torch.randn(50, 6), torch.randn(50, 1)
@@ -129,6 +137,7 @@ def train(tmp_path, name, *, optimisation=None, stop_after=None, every=None):
         checkpoints=Checkpoints(path=tmp_path / name / "state.safetensors", images=every),
         recipe=recipe,
         ema=ema,
+        selection=selection,
         show_progress=False,
     )
     return network.state_dict(), ema.tensors, recipe.visits, taken
@@ -149,6 +158,55 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, optimizer):
         for name, tensor in before.items():
             assert torch.equal(after[name], tensor), name
     assert torch.equal(straight[2], resumed[2])
+
+
+class Looks:
+    """Figures prepared for each look, and the weights that were looked at."""
+
+    def __init__(self, figures):
+        self.figures, self.seen = list(figures), []
+
+    def __call__(self, network):
+        assert not network.training
+        self.seen.append({k: t.clone() for k, t in network.state_dict().items()})
+        return {"accuracy": self.figures.pop(0), "other": -1.0}
+
+
+def test_the_weights_of_the_best_look_are_kept(tmp_path):
+    nan = math.nan
+    looks = Looks([0.2, nan, 0.7, 0.7, 0.5])
+    selection = Selection(looks, by="accuracy", times=5)
+    state, *_, taken = train(tmp_path, "a", selection=selection)
+    assert [row["images"] for row in selection.curve] == [48, 96, 144, 192, 240]
+    assert [row["other"] for row in selection.curve] == [-1.0] * 5
+    assert selection.images == 144, "the first of equals"
+    assert len(taken) == 30, "looking ends nothing early"
+    for name, tensor in state.items():
+        assert torch.equal(tensor, looks.seen[2][name]), name
+    plain, *_ = train(tmp_path, "b")
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, looks.seen[4][name]), "looking changes no step"
+
+
+def test_no_figure_at_all_keeps_the_last_weights(tmp_path):
+    looks = Looks([math.nan] * 3)
+    selection = Selection(looks, by="accuracy", times=3)
+    state, *_ = train(tmp_path, "a", selection=selection)
+    assert selection.images is None
+    assert all(torch.equal(tensor, looks.seen[-1][name]) for name, tensor in state.items())
+
+
+def test_an_interrupted_selection_keeps_what_it_had_seen(tmp_path):
+    figures = [0.1, 0.9, 0.3, 0.2, 0.4]
+    straight = Selection(Looks(figures), by="accuracy", times=5)
+    expected, *_ = train(tmp_path, "a", selection=straight)
+    first = Selection(Looks(figures), by="accuracy", times=5)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "b", stop_after=17, every=40, selection=first)
+    rest = Selection(Looks(figures[2:]), by="accuracy", times=5)
+    state, *_ = train(tmp_path, "b", every=40, selection=rest)
+    assert rest.curve == straight.curve and rest.images == 96
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
 
 
 def test_every_epoch_shows_every_sample_once(tmp_path):
