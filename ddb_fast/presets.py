@@ -1,13 +1,16 @@
 """The presets: complete configurations a person starts from, and where a configuration is found.
 
 ddb is the authors' generator with our corrections; lean, tiny and digits are ours, ever cheaper.
+Those of the published data sets are in `benchmark_presets`.
 """
 
 import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
+from ddb_fast.benchmark_presets import OF_THE_PAPER, colored_mnist
 from ddb_fast.config import (
     ClassifierConfig,
     DataConfig,
@@ -209,63 +212,8 @@ def _digits() -> RunConfig:
     )
 
 
-def _colored_mnist() -> RunConfig:
-    """Colored MNIST (`--data` names the folder of MNIST's idx files), two CPU cores.
-
-    The classifier is the published one, MLP 2352-100-100-100-10, 100 epochs of Adam at 1e-3, with
-    its double scaling of the pixels; as published there is no validation split. rho: .98 here, also
-    .95, .99 and .995. The generator sees the images padded to 32 pixels, and so does the amplifier.
-    """
-    return RunConfig(
-        preset="colored-mnist",
-        out="runs/colored-mnist",
-        data=DataConfig(source="colored-mnist", cache_size=28, rho=0.98, validation_share=0.0),
-        diffusion=DiffusionConfig(
-            image_size=32,
-            unet=UNetConfig(
-                channels=16,
-                channel_multipliers=(1, 2, 4),
-                blocks_per_level=1,
-                dropout=0.0,
-                norm_groups=8,
-                attention_levels=(2,),
-                attention_up=False,
-                head_channels=None,
-                embedding=128,
-                time_table=False,
-                resample="conv",
-            ),
-            images=96_000,
-            batch_size=64,
-            lr=2e-3,
-            warmup=0.02,
-            grad_clip=1.0,
-            schedule="cosine",
-            target="v",
-            ema_half_life=5_000,
-        ),
-        sampling=SamplingConfig(per_class=200),
-        amplifier=ClassifierConfig(
-            model="cnn",
-            width=16,
-            images=32_000,
-            batch_size=64,
-            weight_decay=1e-2,
-            image_size=32,
-            pixel_norm="symmetric",
-            augment="none",
-        ),
-        classifier=ClassifierConfig(
-            model="mlp",
-            images=6_000_000,
-            batch_size=256,
-            lr_schedule="constant",
-            image_size=28,
-            pixel_norm="double-255",
-            augment="none",
-        ),
-        seeds=(0, 1, 2),
-    )
+def _of_the_paper(make: Callable[[RunConfig], RunConfig]) -> RunConfig:
+    return make(_ddb())
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
@@ -273,7 +221,8 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "lean": _lean,
     "tiny": _tiny,
     "digits": _digits,
-    "colored-mnist": _colored_mnist,
+    "colored-mnist": colored_mnist,
+    **{name: partial(_of_the_paper, make) for name, make in OF_THE_PAPER.items()},
 }
 
 

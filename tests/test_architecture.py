@@ -15,11 +15,11 @@ LAYERS = [
     {"models", "data", "metrics"},
     {"recipes", "diffusion"},
     {"engine", "checkpoint", "trackers"},
-    {"context", "generator", "classification", "run_folder", "results", "report"},
+    {"context", "generator", "classification", "methods", "run_folder", "results", "report"},
     {"pipeline"},
     {"cli", "train"},
 ]
-STDLIB_ONLY = {"config", "presets", "arguments"}
+STDLIB_ONLY = {"config", "presets", "benchmark_presets", "arguments"}
 USES_ACCELERATE = {"train", "pipeline", "context", "engine", "checkpoint", "trackers", "run_folder"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
