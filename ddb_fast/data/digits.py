@@ -10,7 +10,6 @@ from statistics import NormalDist
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from ddb_fast.data.listing import Entry, Listing
@@ -80,8 +79,10 @@ def digits(rho: float = 0.95) -> Listing:
     """
     if not 0 <= rho <= 1:
         raise ValueError(f"rho is {rho}, a share in [0, 1] is needed")
-    share = Fraction(str(rho))
-    data = load_digits()
+    # scikit-learn takes a second to import, and who only wants the colours needs none of it.
+    from sklearn.datasets import load_digits
+
+    share, data = Fraction(str(rho)), load_digits()
     strength = _enlarge(data.images)[..., None] / 16
     background = _backgrounds(len(data.target))
     rank = _raw(_RANK_STREAM, len(data.target))

@@ -6,6 +6,7 @@ images came from. Listings are made on every start of a run, so they touch names
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,13 +29,17 @@ class BrokenImageError(ValueError):
 
 
 class Entry(NamedTuple):
-    """One image: the path shown to people, its labels, and a file or uint8 (H, W, 3) pixels."""
+    """One image: the path shown to people, its labels, and a file or uint8 (H, W, 3) pixels.
+
+    clusters: its number in each of some clusterings, for evaluation where no bias label exists.
+    """
 
     path: str
     y: int
     split: str
     pixels: Path | np.ndarray
     a: int | None = None
+    clusters: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,11 +48,14 @@ class Listing:
 
     classes, biases: names of the values of y and a; biases is None without bias labels, and then
     every entry's `a` is. aligned_bias: the attribute of each class that makes its images
-    bias-aligned, None to take the majority among the training images. bias_of: the attributes (N,)
-    of any uint8 images (N, 3, H, W), where pixels tell. fit: how the diffusion model's copy takes
-    its size: squash resizes; pad puts black around what is smaller and resizes what is larger.
-    ValueError for fewer than two classes, a class without training images, or a path that is listed
-    twice or is not Unicode.
+    bias-aligned, None to take the majority among the training images. factors: where a stands for
+    several attributes, the name and number of values of each; a is the number with these as its
+    digits, the first most significant. bias_of: the attributes (N,) of any uint8 images
+    (N, 3, H, W), where pixels tell. fit: how the diffusion model's copy takes its size: squash
+    resizes; pad puts black around what is smaller and resizes what is larger. ValueError for fewer
+    than two classes, a class without training images, factors that make another number of biases,
+    clusters that only some images of a split have, or a path that is listed twice or is not
+    Unicode.
     """
 
     name: str
@@ -55,6 +63,7 @@ class Listing:
     entries: tuple[Entry, ...]
     biases: tuple[str, ...] | None = None
     aligned_bias: tuple[int, ...] | None = None
+    factors: tuple[tuple[str, int], ...] = ()
     bias_of: Callable[[Tensor], Tensor] | None = None
     fit: Literal["squash", "pad"] = "squash"
 
@@ -74,6 +83,14 @@ class Listing:
                     f"{self.name}: class {name} has no training images ({found}); "
                     "add some to its train split or remove the class"
                 )
+        if self.factors and math.prod(n for _, n in self.factors) != len(self.biases or ()):
+            raise ValueError(
+                f"{self.name}: factors {self.factors} do not make the {len(self.biases or ())} "
+                "values of a"
+            )
+        for split in SPLITS:
+            if len({len(entry.clusters) for entry in self.entries if entry.split == split}) > 1:
+                raise ValueError(f"{self.name}: only some images of {split} have clusters")
         seen = set()
         for path in self.paths:
             if not _is_unicode(path):
@@ -105,12 +122,13 @@ class Listing:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of classes, paths, splits, labels, and file sizes or embedded pixels."""
+        """sha256 of classes, paths, splits, labels, clusters, file sizes or embedded pixels."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
-        for path, y, split, pixels, a in self.entries:
+        for path, y, split, pixels, a, clusters in self.entries:
             embedded = isinstance(pixels, np.ndarray)
             size = pixels.nbytes if embedded else pixels.stat().st_size
-            digest.update(json.dumps([path, y, split, a, size]).encode())
+            labels = [path, y, split, a, size, *([clusters] if clusters else [])]
+            digest.update(json.dumps(labels).encode())
             if embedded:
                 digest.update(pixels.tobytes())
         return digest.hexdigest()
@@ -161,6 +179,11 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def path_hash(path: str) -> bytes:
+    """sha256 of a path: an order that is the same everywhere and has nothing to do with images."""
+    return hashlib.sha256(path.encode(errors="surrogateescape")).digest()
+
+
 def hold_out(
     entries: Sequence[Entry], *, validation_share: float, test_share: float
 ) -> list[Entry]:
@@ -179,7 +202,7 @@ def hold_out(
         if entry.split == "train":
             by_class.setdefault(entry.y, []).append(entry)
     for members in by_class.values():
-        members.sort(key=lambda e: hashlib.sha256(e.path.encode(errors="surrogateescape")).digest())
+        members.sort(key=lambda entry: path_hash(entry.path))
         for split, share in shares.items():
             count = 0 if split in named else min(round(share * len(members)), len(members) - 1)
             answer += [entry._replace(split=split) for entry in members[:count]]

@@ -1,58 +1,32 @@
 """Where images come from, each as a Listing: a folder of classes, a CSV, or a known data set."""
 
-import csv
 import logging
-import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from ddb_fast.config import DataConfig
+from ddb_fast.data.benchmarks import BENCHMARKS, open_benchmark
+from ddb_fast.data.digits import digits
+from ddb_fast.data.files import EXTENSIONS, Row, image_files, integer, read_table, subfolders
 from ddb_fast.data.listing import SPLITS, Entry, Listing, hold_out
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
 _SPLIT_NAMES = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}
 # WILDS numbers its splits.
 _SPLIT_VALUES = {**_SPLIT_NAMES, "0": "train", "1": "val", "2": "test"}
 _TREE = "expected ROOT/CLASS/*.jpg or ROOT/{train,val,test}/CLASS/*.jpg"
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _image_files(folder: Path, ignored: list[Path]) -> Iterator[Path]:
-    """The images below a folder at any depth; what else lies there is added to `ignored`."""
-
-    def fail(error: OSError) -> None:
-        raise error  # os.walk would pass over a folder that cannot be read
-
-    seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link back up would be followed for ever
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for file in (Path(parent, name) for name in sorted(files)):
-            if file.suffix.lower() in EXTENSIONS and not file.name.startswith("."):
-                yield file
-            else:
-                ignored.append(file)
-
-
 def _split_folders(root: Path) -> dict[str, Path]:
     """Where each split's class folders lie: {"train": root} if the data names no splits."""
-    folders = _folders(root)
+    folders = subfolders(root)
     named = [f for f in folders if f.name.lower() in _SPLIT_NAMES]
     # `train` may be a class, next to `car`: only a folder of folders is a split.
-    if not named or (len(named) < len(folders) and not any(_folders(f) for f in named)):
+    if not named or (len(named) < len(folders) and not any(subfolders(f) for f in named)):
         return {"train": root}
     for other in (f for f in folders if f not in named):
-        if next(_image_files(other, []), None) is not None:
+        if next(image_files(other, []), None) is not None:
             raise ValueError(
                 f"{root}: {other.name}/ holds images beside {named[0].name}/, is it a class or a "
                 f"split? {_TREE}"
@@ -83,8 +57,8 @@ def list_folder(
         raise ValueError(f"{root}: no such folder; {_TREE}")
     found, ignored, names = [], [], set()
     for split, parent in _split_folders(root).items():
-        for folder in _folders(parent):
-            files = list(_image_files(folder, ignored))
+        for folder in subfolders(parent):
+            files = list(image_files(folder, ignored))
             found += [(split, folder.name, file) for file in files]
             # An empty folder of the training split is a class too, one that needs images.
             if files or split == "train":
@@ -116,38 +90,15 @@ def list_csv(
     (`hold_out`). ValueError names the line that is wrong, and as for Listing.
     """
     table = Path(path)
-    if not table.is_file():
-        raise ValueError(f"{table}: no such file")
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            for column in ("path", "y"):
-                if column not in columns:
-                    raise ValueError(
-                        f"{table}: no column `{column}`; needs path, y and optionally a, split, "
-                        f"found {', '.join(columns) or 'nothing'}"
-                    )
-            entries = [_csv_entry(table, row, reader.line_num) for row in reader]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{table}: not a CSV in UTF-8 ({error})") from None
-    if not entries:
-        raise ValueError(f"{table}: no rows below the column names")
+    rows = read_table(table, ("path", "y"), optional=("a", "split"))
+    entries = [_csv_entry(table, where, row) for where, row in rows]
     classes = _numbered(table, "y", {entry.y for entry in entries})
-    biases = _numbered(table, "a", {e.a for e in entries}) if "a" in columns else None
+    biases = _numbered(table, "a", {e.a for e in entries}) if "a" in rows[0][1] else None
     entries = hold_out(entries, validation_share=validation_share, test_share=test_share)
     return Listing(name=table.stem, classes=classes, entries=tuple(entries), biases=biases)
 
 
-def _csv_entry(table: Path, row: dict[str, str | None], line: int) -> Entry:
-    where = f"{table} line {line}"
-
-    def integer(column: str) -> int:
-        try:
-            return int(row[column] or "")
-        except ValueError:
-            raise ValueError(f"{where}: {column} is {row[column]!r}, not an integer") from None
-
+def _csv_entry(table: Path, where: str, row: Row) -> Entry:
     path = Path(row["path"] or "").as_posix()
     if Path(path).suffix.lower() not in EXTENSIONS:
         known = " ".join(EXTENSIONS)
@@ -160,9 +111,8 @@ def _csv_entry(table: Path, row: dict[str, str | None], line: int) -> Entry:
         raise ValueError(
             f"{where}: split is {row['split']!r}, not one of {', '.join(_SPLIT_VALUES)}"
         )
-    return Entry(
-        path, integer("y"), _SPLIT_VALUES[split], file, integer("a") if "a" in row else None
-    )
+    a = integer(where, row, "a") if "a" in row else None
+    return Entry(path, integer(where, row, "y"), _SPLIT_VALUES[split], file, a)
 
 
 def _numbered(table: Path, column: str, values: set[int]) -> tuple[str, ...]:
@@ -177,24 +127,19 @@ def _numbered(table: Path, column: str, values: set[int]) -> tuple[str, ...]:
 
 
 def open_listing(config: DataConfig) -> Listing:
-    """List what a configuration names: a folder, a CSV, Colored MNIST, or the embedded digits.
+    """List what a configuration names: a folder, a CSV, a published set, or the embedded digits.
 
     ValueError, one line, for everything a user can get wrong.
     """
     if config.source == "digits":
-        # scikit-learn, which holds them, takes a second to import.
-        from ddb_fast.data.digits import digits
-
         return digits(config.rho)
     if config.path is None:
         raise ValueError(
             "no images named: give --data FOLDER, --data FILE.csv or the preset digits"
         )
     path, source = Path(config.path), config.source
-    if source == "colored-mnist":
-        from ddb_fast.data.colored_mnist import colored_mnist
-
-        return colored_mnist(path, rho=config.rho, validation_share=config.validation_share)
+    if source in BENCHMARKS:
+        return open_benchmark(path, config)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; {_TREE}, or a CSV with path, y")
     if source == "auto":

@@ -42,13 +42,17 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" e
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Split:
-    """The images of one split: paths and labels (N,), `small` and `large` (N, H, W, 3) uint8."""
+    """The images of one split: paths and labels (N,), `small` and `large` (N, H, W, 3) uint8.
+
+    clusters: (R, N) int64, each image's number in each of R clusterings; None where there are none.
+    """
 
     paths: tuple[str, ...]
     y: Tensor
     a: Tensor | None
     small: Tensor
     large: Tensor
+    clusters: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -58,7 +62,8 @@ class Split:
 class ImageData:
     """A decoded set: `splits` has train and, where they hold images, val and test, in that order.
 
-    `bias_of`, `aligned_bias` and `fit` are the Listing's; `fingerprint` too, of all it listed.
+    `bias_of`, `aligned_bias`, `factors` and `fit` are the Listing's; `fingerprint` too, of all it
+    listed.
     """
 
     name: str
@@ -67,6 +72,7 @@ class ImageData:
     splits: dict[str, Split]
     fingerprint: str
     aligned_bias: tuple[int, ...] | None = None
+    factors: tuple[tuple[str, int], ...] = ()
     bias_of: Callable[[Tensor], Tensor] | None = None
     fit: Literal["squash", "pad"] = "squash"
 
@@ -170,7 +176,11 @@ def open_images(
         if part.stop > part.start:
             a = None if kept.a is None else kept.a[part]
             views = {name: array[part] for name, array in arrays.items()}
-            splits[split] = Split(paths=kept.paths[part], y=kept.y[part], a=a, **views)
+            rows = [entry.clusters for entry in kept.entries[part]]
+            clusters = torch.tensor(rows).T.contiguous() if rows[0] else None
+            splits[split] = Split(
+                paths=kept.paths[part], y=kept.y[part], a=a, clusters=clusters, **views
+            )
     return ImageData(
         name=kept.name,
         classes=kept.classes,
@@ -178,6 +188,7 @@ def open_images(
         splits=splits,
         fingerprint=listing.fingerprint,
         aligned_bias=kept.aligned_bias,
+        factors=kept.factors,
         bias_of=kept.bias_of,
         fit=kept.fit,
     )
@@ -234,22 +245,13 @@ def _decode(
             return str(error)  # not the exception, which would keep the file's bytes alive
         return fitted(image, sizes["small"]), centre_square(image, sizes["large"])
 
-    bar = tqdm(
-        total=len(listing),
-        desc=f"{'decode':>24}",
-        unit="img",
-        unit_scale=True,
-        disable=not progress,
-        dynamic_ncols=True,
-    )
     with (
         _written(cache / "small.u8") as small,
         _written(cache / "large.u8") as large,
-        bar,
         contextlib.closing(_in_order(decode, len(listing))) as answers,
+        _progress(answers, len(listing), "decode", progress) as bar,
     ):
-        for i, answer in enumerate(answers):
-            bar.update()
+        for i, answer in enumerate(bar):
             if isinstance(answer, str):
                 broken[i] = answer
                 if corrupt == "error" and len(broken) == _NAMED:
@@ -262,6 +264,34 @@ def _decode(
     with _written(cache / "meta.json") as file:
         file.write(json.dumps({**meta, "dropped": list(broken)}).encode())
     return list(broken)
+
+
+def broken_images(listing: Listing, *, progress: bool = True) -> dict[str, str]:
+    """Decode every image and return why, by path, for those that cannot be; OSError as `read`."""
+
+    def reason(i: int) -> str | None:
+        try:
+            listing.read(i)
+        except BrokenImageError as error:
+            return str(error)
+        return None
+
+    with contextlib.closing(_in_order(reason, len(listing))) as answers:
+        bar = _progress(answers, len(listing), "check", progress)
+        reasons = dict(zip(listing.paths, bar, strict=True))
+    return {path: text for path, text in reasons.items() if text is not None}
+
+
+def _progress(answers: Iterator[Any], total: int, title: str, shown: bool) -> tqdm:
+    return tqdm(
+        answers,
+        total=total,
+        desc=f"{title:>24}",
+        unit="img",
+        unit_scale=True,
+        disable=not shown,
+        dynamic_ncols=True,
+    )
 
 
 def _refusal(broken: dict[int, str], listing: Listing) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddb_fast.data.benchmarks.layout import LayoutError
 from ddb_fast.data.digits import COLOURS
 from ddb_fast.data.listing import Entry, Listing
 
@@ -182,32 +183,27 @@ def _read_split(folder: Path, names: tuple[str, str]) -> tuple[np.ndarray, np.nd
 
 def _read_idx(folder: Path, name: str, *, dimensions: int) -> tuple[Path, np.ndarray]:
     """The file that holds `name`, and its uint8 contents in their shape."""
-    expected = f"expected {', '.join(sum(FILES.values(), ()))} there, each as it is, .gz or .xz"
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; {expected}")
     found = [
         (folder / f"{name}{end}", end) for end in _OPENERS if (folder / f"{name}{end}").is_file()
     ]
     if not found:
-        raise ValueError(f"{folder}: no {name}; {expected}")
+        raise LayoutError(f"{folder}: no {name}")
     file, end = found[0]
     try:
         with _OPENERS[end](file, "rb") as stream:
             content = stream.read()
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file}: damaged or truncated ({error}); {expected}") from None
+        raise ValueError(f"{file}: damaged or truncated ({error})") from None
     header = 4 + 4 * dimensions
     # Two zeros, 8 for unsigned bytes, the number of dimensions; then their sizes, big-endian.
     if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) < header:
         raise ValueError(
             f"{file}: not an idx file of bytes in {dimensions} dimensions (it starts with "
-            f"{content[:4].hex() or 'nothing'}); {expected}"
+            f"{content[:4].hex() or 'nothing'})"
         )
     shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, header, 4)]
     promised = header + int(np.prod(shape, dtype=object))
     if len(content) != promised:
         what = "truncated" if len(content) < promised else "too long"
-        raise ValueError(
-            f"{file}: {what}, {len(content)} bytes where its header says {promised}; {expected}"
-        )
+        raise ValueError(f"{file}: {what}, {len(content)} bytes where its header says {promised}")
     return file, np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
