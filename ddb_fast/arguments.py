@@ -9,14 +9,14 @@ import ast
 import dataclasses
 import inspect
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ddb_fast import config as config_module
 from ddb_fast.config import RunConfig, flatten, with_fields
 from ddb_fast.presets import PRESETS, load_config
 
 SHORT = {
-    "data": ("data.path", "an image folder or a CSV (path, y[, a][, split])"),
+    "data": ("data.path", "an image folder, a CSV (path, y[, a][, split]) or a published set"),
     "diffusion": ("diffusion.load", "start from this trained diffusion model's folder"),
     "synthetic": ("sampling.load", "start from these synthetic images, a folder per class"),
 }
@@ -73,12 +73,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "config", metavar="PRESET_OR_CONFIG", help=f"{', '.join(PRESETS)}, or a .json file"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
+    add_field_arguments(parser)
+
+
+def add_field_arguments(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+    """Add every field of the configuration and the short names, except the fields in `without`."""
     for name, (target, text) in SHORT.items():
-        parser.add_argument(f"--{name}", dest=target, metavar="PATH", help=text)
+        if target not in without:
+            parser.add_argument(f"--{name}", dest=target, metavar="PATH", help=text)
     texts = field_texts()
     fields = parser.add_argument_group("any field of the configuration; defaults by preset")
     for name, value in flatten(PRESETS["ddb"]()).items():
-        if name == "preset":
+        if name == "preset" or name in without:
             continue
         kind, text = texts[name]
         several = {"nargs": "+"} if isinstance(value, list) else {}

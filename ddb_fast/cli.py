@@ -8,7 +8,9 @@ from ddb_fast.arguments import OneLineParser
 
 COMMANDS = {
     "run": "all stages on a preset's or your images; the same command again resumes",
-    "data": "what would be read: classes, splits, groups",
+    "compare": "finished runs side by side, with or without published figures",
+    "sweep": "presets x methods x seeds x rho, a run each; the same command again resumes",
+    "data": "what would be read: classes, splits, groups; --check finds broken files",
     "import": "turn a checkpoint of the authors into a folder for `run --diffusion`",
     "kernels": "`kernels check`: each op and backend against fp64, forward and backward",
     "env": "this machine, the packages, and every kernel backend with its reasons",
@@ -21,25 +23,78 @@ def run(argv: Sequence[str]) -> int:
     return train_main(argv, prog="ddb-fast run")
 
 
+def compare_runs(argv: Sequence[str]) -> int:
+    parser = OneLineParser(prog="ddb-fast compare", description=COMMANDS["compare"])
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of finished runs")
+    parser.add_argument("--format", choices=("markdown", "latex", "json"), default="markdown")
+    parser.add_argument(
+        "--metric", metavar="NAME", nargs="+", help="only these, named as in results.json"
+    )
+    parser.add_argument(
+        "--published", action="store_true", help="published figures below ours, marked as such"
+    )
+    parser.add_argument(
+        "--groups", action="store_true", help="also each group's size, accuracy and 95 %% interval"
+    )
+    arguments = parser.parse_args(argv)
+
+    from ddb_fast.compare import compare, read_run
+
+    text = compare(
+        [read_run(path) for path in arguments.runs],
+        format=arguments.format,
+        metrics=arguments.metric,
+        published=arguments.published,
+        groups=arguments.groups,
+    )
+    sys.stdout.write(text)
+    return 0
+
+
+def sweep(argv: Sequence[str]) -> int:
+    from ddb_fast.sweep import main as sweep_main
+
+    return sweep_main(argv, prog="ddb-fast sweep")
+
+
 def show_data(argv: Sequence[str]) -> int:
+    import logging
+
+    from ddb_fast.config import DataConfig
+    from ddb_fast.data.benchmarks import BENCHMARKS
+    from ddb_fast.data.sources import describe, open_listing
+    from ddb_fast.data.store import broken_images
+
     parser = OneLineParser(prog="ddb-fast data", description=COMMANDS["data"])
     parser.add_argument("path", help="an image folder or a CSV; `digits` for the embedded set")
     parser.add_argument(
-        "--as", dest="source", choices=("auto", "folder", "csv", "colored-mnist"), default="auto",
+        "--as", dest="source", choices=("auto", "folder", "csv", *BENCHMARKS), default="auto",
         help="what lies there (auto: a folder or a CSV)",
     )  # fmt: skip
-    parser.add_argument("--rho", type=float, help="of sets rendered here: share of aligned images")
+    parser.add_argument(
+        "--rho", type=float, help="share of aligned images, where there is a choice"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="decode every image; exit 2 if one cannot be read"
+    )
     arguments = parser.parse_args(argv)
-
-    from ddb_fast.config import DataConfig
-    from ddb_fast.data.sources import describe, open_listing
 
     place = {"source": arguments.source, "path": arguments.path}
     if arguments.path == "digits" and arguments.source == "auto":
         place = {"source": "digits"}
     if arguments.rho is not None:
         place["rho"] = arguments.rho
-    print(describe(open_listing(DataConfig(**place))))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    listing = open_listing(DataConfig(**place))
+    print(describe(listing), flush=True)
+    if arguments.check:
+        broken = broken_images(listing)
+        print(*broken.values() or ("every image can be read",), sep="\n")
+        if broken:
+            raise ValueError(
+                f"{len(broken)} of {len(listing)} images cannot be read; repair or remove them, or "
+                "leave them out of a run with --data.corrupt skip"
+            )
     return 0
 
 
@@ -95,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     actions: dict[str, Callable[[Sequence[str]], int]] = {
         "run": run,
+        "compare": compare_runs,
+        "sweep": sweep,
         "data": show_data,
         "import": import_authors,
         "kernels": check_kernels,

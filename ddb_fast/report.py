@@ -16,7 +16,8 @@ from ddb_fast import checkpoint
 from ddb_fast.classification import read_scores
 from ddb_fast.config import RunConfig, flatten
 from ddb_fast.data.store import ImageData
-from ddb_fast.results import COLUMNS, findings, percent
+from ddb_fast.results import findings
+from ddb_fast.tabular import COLUMNS, percent, shown_metrics
 
 SHOWN = 8
 """Images a row."""
@@ -73,17 +74,12 @@ def write(folder: Path, config: RunConfig, data: ImageData, results: dict[str, A
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    shown = {
-        name: title
-        for name, title in COLUMNS.items()
-        if any(percent(m["metrics"].get(name)) != "-" for m in results["methods"].values())
-    }
     page = environment.get_template("report.html.j2").render(
         title=data.name,
         results=results,
         findings=findings(results),
         classes=_class_rows(folder, data),
-        columns=shown,
+        columns={name: COLUMNS[name] for name in shown_metrics(results)},
         percent=percent,
         command=shlex.join(manifest["command"]),
         device=manifest["device"],

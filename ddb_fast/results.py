@@ -17,21 +17,22 @@ from ddb_fast.metrics import (
     precision_recall,
     summarise,
 )
-
-COLUMNS = {
-    "average_accuracy": "average",
-    "unbiased_accuracy": "unbiased",
-    "worst_group_accuracy": "worst group",
-    "aligned_accuracy": "aligned",
-    "conflicting_accuracy": "conflicting",
-}
-"""Metrics of the printed table and their headings."""
+from ddb_fast.tabular import COLUMNS, GAPS, GAPS_NOTE, markdown, percent, shown_metrics
 
 
 def collect_results(
-    path: Path, config: RunConfig, data: ImageData, scores: Scores | None, seconds: dict[str, float]
+    path: Path,
+    config: RunConfig,
+    data: ImageData,
+    scores: Scores | None,
+    seconds: dict[str, float],
+    *,
+    real_scores: Scores | None = None,
 ) -> dict[str, Any]:
-    """The contents of results.json: fractions of 1, None where labels are needed and absent."""
+    """The contents of results.json: fractions of 1, None where labels are needed and absent.
+
+    scores, real_scores: of the amplifier trained on synthetic and of the one on real images.
+    """
     methods = {}
     for method in config.methods:
         files = [
@@ -58,6 +59,7 @@ def collect_results(
         "methods": methods,
         "synthetic": _synthetic(path / "synthetic" / "images.safetensors", data),
         "amplifier": None if scores is None else _amplifier(scores, data),
+        "real_amplifier": None if real_scores is None else _amplifier(real_scores, data),
         "seconds": seconds,
     }
 
@@ -98,37 +100,21 @@ def _amplifier(scores: Scores, data: ImageData) -> dict[str, Any]:
     }
 
 
-def percent(summary: dict[str, Any] | None) -> str:
-    """A summarised metric in percent, `mean ± std` over the seeds; a dash where undefined."""
-    if summary is None or summary["mean"] is None:
-        return "-"
-    text = f"{100 * summary['mean']:.1f}"
-    return text if summary["std"] is None else f"{text} ± {100 * summary['std']:.1f}"
-
-
 def table(results: dict[str, Any]) -> str:
     """The methods as a Markdown table, with what was found about the bias below it."""
-    shown = [
-        name
-        for name in COLUMNS
-        if any(percent(m["metrics"].get(name)) != "-" for m in results["methods"].values())
-    ]
+    shown = shown_metrics(results)
     rows = [["method", *(COLUMNS[name] for name in shown)]]
     rows += [
         [method, *(percent(entry["metrics"].get(name)) for name in shown)]
         for method, entry in results["methods"].items()
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     seeds = len(results["seeds"])
     note = f"accuracy on the {results['split']} split, %"
     if seeds > 1:
         note += f"; mean ± standard deviation of {seeds} seeds (generator and amplifier shared)"
-    return "\n".join(["", note, "", *lines, "", *findings(results)])
+    if any(name in GAPS for name in shown):
+        note += f"; {GAPS_NOTE}"
+    return "\n".join(["", note, "", markdown(rows), "", *findings(results)])
 
 
 def findings(results: dict[str, Any]) -> list[str]:

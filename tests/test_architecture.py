@@ -16,10 +16,13 @@ LAYERS = [
     {"recipes", "diffusion"},
     {"engine", "checkpoint", "trackers"},
     {"context", "generator", "classification", "methods", "run_folder", "results", "report"},
-    {"pipeline"},
+    {"pipeline", "sweep"},
     {"cli", "train"},
 ]
-STDLIB_ONLY = {"config", "presets", "benchmark_presets", "arguments"}
+STDLIB_ONLY = {
+    *("config", "presets", "benchmark_presets", "arguments"),
+    *("compare", "published", "tabular"),
+}
 USES_ACCELERATE = {"train", "pipeline", "context", "engine", "checkpoint", "trackers", "run_folder"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
