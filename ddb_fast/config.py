@@ -45,18 +45,23 @@ class DataConfig:
         "auto", "folder", "csv", "digits", "colored-mnist", "waterbirds", "bffhq", "bar", "bar-rho",
         "imagenet-9", "urbancars",
     ] = "auto"  # fmt: skip
-    """auto: a folder or a CSV by what `path` is. colored-mnist: `path` holds MNIST's four idx files
-    (raw, .gz or .xz), `rho` and `validation_share` (0: none, as published) apply."""
+    """What lies at `path`. auto: a folder or a CSV, by what it is. digits: embedded, no `path`. The
+    others are published sets, read from disk; `ddb-fast data PATH --as NAME` shows what is found
+    or, where that is wrong, what is expected and where the set is published."""
     path: str | None = None
-    """Folder (`<class>/*`, may lie below `train/ val/ test/`) or CSV (path, y[, a][, split])."""
+    """Folder (`<class>/*`, may lie below `train/ val/ test/`), CSV (path, y[, a][, split]), or the
+    root of a published set: of colored-mnist the folder of MNIST's four idx files."""
     cache_size: int = 256
     """Side in pixels of the classifier's decoded copy: shorter side resized to it, centre crop."""
     rho: float = 0.95
-    """digits, colored-mnist: share of bias-aligned images in the training and validation splits."""
+    """Share of bias-aligned training images where there is a choice: digits, colored-mnist and
+    bar-rho any; waterbirds 0.95 (the official split), 0.9, 0.8, 0.7, 0.6; bffhq only to choose from
+    several `<percent>pct` folders. Other sources do not look at it."""
     validation_share: float = 0.1
-    """Share of the training images held out where the data names no validation split."""
+    """Share of the training images held out where the data names no validation split: folder, csv,
+    bar, colored-mnist (published without one: 0). Other sources do not look at it."""
     test_share: float = 0.2
-    """Share of all images held out where the data names no test split."""
+    """Share of all images held out where a folder or csv names no test split."""
     corrupt: Literal["error", "skip"] = "error"
     """What an unreadable image does to the run."""
 
