@@ -7,15 +7,15 @@ Standard library only, so that a table is there at once.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddb_fast.config import METHODS, RunConfig, flatten, from_json
+from ddb_fast.config import METHODS, DataConfig, RunConfig, flatten, from_json
 from ddb_fast.published import PUBLISHED, Row
 from ddb_fast.tabular import COLUMNS, GAPS, GAPS_NOTE, markdown, percent, shown_metrics
 
-TAKES_RHO = ("digits", "colored-mnist", "bar-rho")
+TAKES_RHO = ("digits", "colored-mnist", "waterbirds", "bffhq", "bar-rho")
 """Data sources whose training images depend on `data.rho`."""
 FORMATS = ("markdown", "latex", "json")
 PUBLISHED_MARK = ", published"
@@ -102,12 +102,12 @@ def _distinct(names: Sequence[str]) -> bool:
 def blocks_of(runs: Sequence[Run]) -> list[Block]:
     """Sort the runs of one data set into blocks.
 
-    ValueError for runs with the same name of data and other images, or of other splits.
+    ValueError for runs whose data has one name and one configuration, but other images.
     """
     settings: dict[str, list[Run]] = {}
-    images: dict[float | None, Run] = {}
+    images: dict[DataConfig, Run] = {}
     for run in runs:
-        same = images.setdefault(run.rho, run)
+        same = images.setdefault(replace(run.config.data, path=None), run)
         if same.fingerprint != run.fingerprint:
             raise ValueError(
                 f"{same.path} and {run.path}: both call their data {run.dataset}, but the images "
@@ -179,6 +179,15 @@ def _notes(runs: Sequence[Run], metrics: Sequence[str]) -> list[str]:
         notes.append(f"weights kept: {', '.join(selections)}")
     if any(name in GAPS for name in metrics):
         notes.append(GAPS_NOTE)
+    rhos: dict[str, set[float]] = {}
+    for run in runs:
+        rhos.setdefault(run.fingerprint, set()).update({run.rho} - {None})
+    notes += [
+        f"the same images at rho {' and '.join(map(str, sorted(same)))}: {runs[0].dataset} has no "
+        "others here"
+        for same in rhos.values()
+        if len(same) > 1
+    ]
     return notes
 
 

@@ -18,7 +18,7 @@ class Row(NamedTuple):
 
 
 class Published(NamedTuple):
-    """One table: its source, the (metric, rho) of each column (rho None: the set has one), rows."""
+    """A table: source, the (metric, rho) of each column (None: the set has no rho), rows."""
 
     source: str
     columns: tuple[tuple[str, float | None], ...]
@@ -38,7 +38,7 @@ _REAL = "the amplifier trained on the real images: the paper's own control, afte
 PUBLISHED: dict[str, Published] = {
     "waterbirds": Published(
         _DDB,
-        (("worst_group_accuracy", None),),
+        (("worst_group_accuracy", 0.95),),
         (
             Row("ERM", "erm", ("62.60 ± 0.30",)),
             Row("LfF", "lff", ("78.00",)),
@@ -70,7 +70,7 @@ PUBLISHED: dict[str, Published] = {
     ),
     "bffhq": Published(
         _DDB,
-        (("conflicting_accuracy", None), ("average_accuracy", None)),
+        (("conflicting_accuracy", 0.995), ("average_accuracy", 0.995)),
         (
             Row("ERM", "erm", ("60.13 ± 0.46", None)),
             Row("LfF", "lff", ("62.97 ± 3.22", None)),
@@ -84,7 +84,7 @@ PUBLISHED: dict[str, Published] = {
         ),
     ),
     "imagenet-9": Published(
-        f"{_DDB}; accuracy on ImageNet-A",
+        f"{_DDB}; accuracy on ImageNet-A, so only runs that had imagenet-a/ as test split compare",
         (("average_accuracy", None),),
         (
             Row("ERM", "erm", ("30.30",)),
