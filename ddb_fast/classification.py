@@ -1,14 +1,11 @@
-"""The classifiers' stages: the amplifier, its scores of the real images, and the targets."""
+"""Classifiers: built, trained, saved and asked; the amplifier and its scores of real images."""
 
 import csv
 import io
-import json
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +16,11 @@ from ddb_fast.config import ClassifierConfig, from_dict
 from ddb_fast.context import Context
 from ddb_fast.data.augment import amplifier_view, augment, centre
 from ddb_fast.data.pixels import normalise
-from ddb_fast.data.samplers import GroupBalancedSampler, ShuffledSampler
+from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.store import gather, resident
 from ddb_fast.engine import Sampler, fit, step_seed
-from ddb_fast.metrics import accuracies, group_table
 from ddb_fast.models.classifiers import build_classifier, load_pretrained
-from ddb_fast.recipes import (
-    ERM,
-    GroupDRO,
-    ReweightedLoss,
-    conflicting_groups,
-    predicted_groups,
-    pseudo_groups,
-)
+from ddb_fast.recipes import ERM, pseudo_groups
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +37,15 @@ def build_network(config: ClassifierConfig, num_classes: int) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
 
 
+def first_network(config: ClassifierConfig, num_classes: int, *, seed: int) -> nn.Module:
+    """A network before training, a function of the seed: every method of one starts from it."""
+    torch.manual_seed(step_seed(seed, "classifier", "weights"))
+    return build_network(config, num_classes)
+
+
 def train_classifier(
     context: Context,
+    network: nn.Module,
     config: ClassifierConfig,
     images: Tensor,
     y: Tensor,
@@ -59,17 +55,18 @@ def train_classifier(
     stage: str,
     seed: int,
     resume: Path,
+    clipped: Sequence[nn.Module] = (),
+    stop_at: int | None = None,
     whole: bool = False,
-) -> tuple[nn.Module, float]:
-    """Train a classifier on uint8 NHWC images; return it in eval mode, and the seconds.
+) -> float:
+    """Train a network in place on uint8 NHWC images; leave it in eval mode, return the seconds.
 
-    The first weights depend on the seed only, so methods of one seed start from the same network.
-    `recipe(logits, y, index)` is the loss; `resume` is where the training state is kept meanwhile.
+    `recipe(logits, y, index)` is the loss; `resume` is where the training state is kept meanwhile;
+    `clipped` and `stop_at` are the engine's.
     whole: images are resized, never cropped to their centre, as the amplifier's are when scored.
     """
     device = context.device
-    torch.manual_seed(step_seed(seed, "classifier", "weights"))
-    network = build_network(config, len(context.data.classes)).to(device)
+    network.to(device)
     images, y = resident(images, device), y.to(device)
     recipe.to(device)
 
@@ -89,9 +86,12 @@ def train_classifier(
         log=context.log,
         checkpoints=context.checkpoints(resume),
         recipe=recipe,
+        clipped=clipped,
+        stop_at=stop_at,
         show_progress=context.config.progress,
     )
-    return network.eval(), seconds
+    network.eval()
+    return seconds
 
 
 def save_classifier(
@@ -142,20 +142,31 @@ def logits_of(
 # --- amplifier ---------------------------------------------------------------------------------
 
 
-def train_amplifier(context: Context, synthetic: Path, folder: Path, resume: Path) -> float:
-    """Train the bias amplifier on synthetic images alone; write it; return seconds."""
-    tensors, _ = checkpoint.load_tensors(synthetic)
-    images, y = tensors["images"].permute(0, 2, 3, 1).contiguous(), tensors["labels"]
+def train_amplifier(context: Context, synthetic: Path | None, folder: Path, resume: Path) -> float:
+    """Train the bias amplifier on synthetic images alone; write it; return seconds.
+
+    synthetic: None for the paper's control, an amplifier of the same recipe, length and view of the
+    images that is trained on the real training images instead.
+    """
+    if synthetic is None:
+        train = context.data.splits["train"]
+        images, y, stage = train.small, train.y, "real amplifier"
+    else:
+        tensors, _ = checkpoint.load_tensors(synthetic)
+        images, y = tensors["images"].permute(0, 2, 3, 1).contiguous(), tensors["labels"]
+        stage = "amplifier"
     config, seed = context.config.amplifier, context.config.seed
-    network, seconds = train_classifier(
+    network = first_network(config, len(context.data.classes), seed=seed)
+    seconds = train_classifier(
         context,
+        network,
         config,
         images,
         y,
         whole=True,
         recipe=ERM(),
         sampler=ShuffledSampler(len(y), seed=seed),
-        stage="amplifier",
+        stage=stage,
         seed=seed,
         resume=resume,
     )
@@ -251,93 +262,3 @@ def read_scores(path: Path, split: str = "train") -> Scores:
         score=torch.tensor([float(r["score"]) for r in rows]),
         conflicting=torch.tensor([r["pseudo_conflicting"] == "1" for r in rows]),
     )
-
-
-# --- targets -----------------------------------------------------------------------------------
-
-
-def build_method(
-    context: Context, method: str, seed: int, scores: Scores | None
-) -> tuple[nn.Module, Sampler]:
-    """The loss and the sampler that make a method; `scores` is needed by the ddb methods."""
-    config, train = context.config, context.data.splits["train"]
-    classes = len(context.data.classes)
-    if method == "erm":
-        return ERM(), ShuffledSampler(len(train), seed=seed)
-    if method == "ddb-ii":
-        rule = config.reweighting
-        recipe = ReweightedLoss(
-            scores.loss,
-            train.y,
-            moving_average=rule.moving_average,
-            class_maximum=rule.class_maximum,
-        )
-        return recipe, ShuffledSampler(len(train), seed=seed)
-    if method == "group-dro":
-        groups = context.data.groups("train")
-        ids, num_groups = groups.ids, groups.num_groups
-    elif method == "ddb-i-predicted" or (
-        method == "ddb-i" and config.pseudo_labels.pseudo_groups == "predicted"
-    ):
-        ids, num_groups = predicted_groups(scores.predicted, train.y, classes), classes**2
-    else:
-        wrong = scores.predicted != train.y
-        conflicting = wrong if method == "ddb-i-error-set" else scores.conflicting
-        ids, num_groups = conflicting_groups(conflicting, train.y), 2 * classes
-    recipe = GroupDRO(
-        ids,
-        num_groups,
-        step_size=config.group_dro.step_size,
-        adjustment=config.group_dro.adjustment,
-    )
-    return recipe, GroupBalancedSampler(ids, num_groups=num_groups, seed=seed)
-
-
-def train_method(
-    context: Context, method: str, seed: int, folder: Path, resume: Path, scores: Scores | None
-) -> float:
-    """Train and evaluate one method with one seed; write its model and metrics; return seconds."""
-    config, data = context.config.classifier, context.data
-    train = data.splits["train"]
-    recipe, sampler = build_method(context, method, seed, scores)
-    network, seconds = train_classifier(
-        context,
-        config,
-        train.large,
-        train.y,
-        recipe=recipe,
-        sampler=sampler,
-        stage=f"{method} seed {seed}",
-        seed=seed,
-        resume=resume,
-    )
-    if context.accelerator.is_main_process:
-        save_classifier(folder / "model.safetensors", network, config, data.classes)
-        results = {
-            name: evaluate(context, network, config, name)
-            for name in ("test", "val")
-            if len(data.splits.get(name, ()))
-        }
-        text = json.dumps({"method": method, "seed": seed, **results}, indent=2)
-        checkpoint.write_atomically(folder / "metrics.json", text + "\n")
-    return seconds
-
-
-def evaluate(
-    context: Context, network: nn.Module, config: ClassifierConfig, split: str
-) -> dict[str, Any]:
-    """Metrics and group table of a classifier on one split; {"metrics", "groups"}."""
-    data = context.data
-    images = data.splits[split]
-    logits = logits_of(network, images.large, config, device=context.device, crop=True)
-    correct = logits.argmax(1) == images.y
-    groups, train_groups = data.groups(split), data.groups("train")
-    if groups is None:
-        return {"metrics": to_null(accuracies(correct)), "groups": []}
-    values = accuracies(correct, groups, train_counts=train_groups.counts)
-    return {"metrics": to_null(values), "groups": group_table(correct, groups)}
-
-
-def to_null(values: dict[str, float]) -> dict[str, float | None]:
-    """NaN as None, which JSON can hold."""
-    return {name: None if math.isnan(value) else value for name, value in values.items()}

@@ -29,12 +29,19 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("step_size", "adjustment", "checkpoint_minutes"), _POSITIVE),
     **dict.fromkeys(("seed", "seeds", "attention_levels"), (0, math.inf)),
     "moving_average": (0.0, 0.999),
+    **dict.fromkeys(("q", "first_share"), (1e-6, 1.0)),
+    **dict.fromkeys(("upweight", "draws"), _COUNT),
+    "inverse_strengths": (1e-6, math.inf),
     "warmup": (0.0, 0.99),
     "ema_rampup": (1e-6, math.inf),
 }
 """Allowed values, ends included, of the fields of each name."""
 
-METHODS = ("erm", "group-dro", "ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii")
+METHODS = (
+    "erm", "lff", "jtt", "group-dro",
+    "ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii",
+    "real-amplifier-i", "real-amplifier-ii",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +216,37 @@ class ReweightingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LfFConfig:
+    """Learning from Failure (Nam et al. 2020); defaults as published."""
+
+    q: float = 0.7
+    """Exponent of the biased network's generalised cross-entropy."""
+    moving_average: float = 0.7
+    """Of each sample's two losses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JTTConfig:
+    """Just Train Twice (Liu et al. 2021), tuned for each data set; defaults: its Waterbirds."""
+
+    first_share: float = 0.2
+    """Share of `classifier.images` after which the identification model stops (epoch 60 of 300)."""
+    upweight: int = 100
+    """How often an image that it gets wrong stands in the second training's set. The authors' code
+    adds as many to the one that is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DFRConfig:
+    """Deep Feature Reweighting (Kirichenko et al. 2023) on the validation split; as published."""
+
+    inverse_strengths: tuple[float, ...] = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
+    """Values of the L1 regression's C to choose from."""
+    draws: int = 10
+    """Group-balanced draws whose last layers are averaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a run depends on."""
 
@@ -221,8 +259,13 @@ class RunConfig:
     pseudo_labels: PseudoLabelConfig = field(default_factory=PseudoLabelConfig)
     group_dro: GroupDROConfig = field(default_factory=GroupDROConfig)
     reweighting: ReweightingConfig = field(default_factory=ReweightingConfig)
+    lff: LfFConfig = field(default_factory=LfFConfig)
+    jtt: JTTConfig = field(default_factory=JTTConfig)
+    dfr: DFRConfig = field(default_factory=DFRConfig)
     methods: tuple[str, ...] = ("erm", "ddb-i", "ddb-ii")
-    """erm, group-dro (needs bias labels), ddb-i, ddb-i-error-set, ddb-i-predicted, ddb-ii."""
+    """erm, lff, jtt, ddb-i, ddb-i-error-set, ddb-i-predicted, ddb-ii; with bias labels group-dro,
+    dfr (theirs in the validation split; trains erm too); real-amplifier-i and -ii, the paper's
+    control: DDB with the amplifier trained on the real images."""
     seeds: tuple[int, ...] = (0,)
     """A classifier per method and seed; generator and amplifier are shared."""
     selection: Literal[
@@ -268,6 +311,8 @@ _DIFFUSION = (*_DATA, "diffusion", "seed", "precision")
 _SAMPLING = (*_DIFFUSION, "sampling")
 _AMPLIFIER = (*_SAMPLING, "amplifier")
 _SCORES = (*_AMPLIFIER, "pseudo_labels")
+_REAL_AMPLIFIER = (*_DATA, "diffusion.image_size", "amplifier", "seed", "precision")
+_REAL_SCORES = (*_REAL_AMPLIFIER, "pseudo_labels")
 _TARGET = (*_DATA, "classifier", "precision", "selection", "looks")
 STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "data": (*_DATA, "diffusion.image_size"),
@@ -275,12 +320,20 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "synthetic": _SAMPLING,
     "amplifier": _AMPLIFIER,
     "scores": _SCORES,
+    "real-amplifier": _REAL_AMPLIFIER,
+    "real-scores": _REAL_SCORES,
+    "jtt-identification": (*_TARGET, "jtt.first_share"),
     "erm": _TARGET,
+    "lff": (*_TARGET, "lff"),
+    "jtt": (*_TARGET, "jtt"),
+    "dfr": (*_TARGET, "dfr"),
     "group-dro": (*_TARGET, "group_dro"),
     "ddb-i": (*_TARGET, *_SCORES, "group_dro"),
     "ddb-i-error-set": (*_TARGET, *_SCORES, "group_dro"),
     "ddb-i-predicted": (*_TARGET, *_SCORES, "group_dro"),
     "ddb-ii": (*_TARGET, *_SCORES, "reweighting"),
+    "real-amplifier-i": (*_TARGET, *_REAL_SCORES, "group_dro"),
+    "real-amplifier-ii": (*_TARGET, *_REAL_SCORES, "reweighting"),
 }
 
 

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -140,6 +140,8 @@ def fit(
     log: RunLog,
     checkpoints: Checkpoints,
     recipe: nn.Module | None = None,
+    clipped: Sequence[nn.Module] = (),
+    stop_at: int | None = None,
     ema: EMA | None = None,
     selection: Selection | None = None,
     show_progress: bool = True,
@@ -152,6 +154,10 @@ def fit(
         loss_of: (model, index (b,) int64 on the device) -> the scalar loss of this device's share
             of the batch. The model it is given may be wrapped for mixed precision and DDP.
         recipe: a module whose buffers are part of the training state (group weights, tables).
+        clipped: parts of `network` whose gradients `grad_clip` bounds each by its own norm, as if
+            each had an optimiser of its own; none given: the network as a whole.
+        stop_at: stop early, after so many of `config.images`, whose learning rates stay as they
+            are.
         ema: moving average updated after each step; its tensors are saved with the checkpoint.
         selection: which weights are kept; each rank looks for itself, at the same weights.
 
@@ -191,7 +197,7 @@ def fit(
 
     model, prepared = accelerator.prepare(network, optimizer)
     model.train()
-    steps = math.ceil(config.images / size)
+    steps = math.ceil((config.images if stop_at is None else stop_at) / size)
     began = saved_at = time.monotonic()
     images_saved = start * size
 
@@ -226,7 +232,10 @@ def fit(
                     accelerator.backward(loss)
                 total += loss.detach()
             if config.grad_clip is not None:
-                accelerator.clip_grad_norm_(model.parameters(), config.grad_clip)
+                # Once for all parts: accelerate's own clipping would unscale fp16 at each.
+                accelerator.unscale_gradients()
+                for module in clipped or (network,):
+                    nn.utils.clip_grad_norm_(module.parameters(), config.grad_clip)
             prepared.step()
             prepared.zero_grad(set_to_none=True)
             images = (step + 1) * size

@@ -1,6 +1,7 @@
 """The road from a biased image set to a debiased classifier, skipping what is done.
 
 diffuse -> sample -> amplify -> score -> one classifier per method and seed -> results and report.
+Stages that none of the methods needs are left out.
 """
 
 import json
@@ -25,7 +26,6 @@ from ddb_fast.classification import (
     read_scores,
     score_images,
     train_amplifier,
-    train_method,
 )
 from ddb_fast.config import ClassifierConfig, RunConfig
 from ddb_fast.context import Context
@@ -41,14 +41,17 @@ from ddb_fast.generator import (
     synthesise,
     train_diffusion,
 )
+from ddb_fast.methods import identify_errors, train_method
 from ddb_fast.results import collect_results, table
 from ddb_fast.run_folder import RunFolder
 from ddb_fast.trackers import RunLog
 
 logger = logging.getLogger(__name__)
 
-UNAIDED = frozenset({"erm", "group-dro"})
-"""Methods that need no amplifier."""
+AMPLIFIED = frozenset({"ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii"})
+"""Methods that need the amplifier trained on synthetic images."""
+CONTROLS = frozenset({"real-amplifier-i", "real-amplifier-ii"})
+"""Methods that need the amplifier trained on the real images."""
 
 
 def device_name(accelerator: Accelerator) -> str:
@@ -67,15 +70,15 @@ def describe(data: ImageData) -> str:
 def check_feasible(config: RunConfig, *, num_classes: int, world: int) -> None:
     """Refuse with ValueError, before anything is trained, what would only fail at its stage."""
     parts = {"classifier": config.classifier}
-    if not UNAIDED.issuperset(config.methods):
+    if (AMPLIFIED | CONTROLS).intersection(config.methods):
         parts["amplifier"] = config.amplifier
-        if config.sampling.load is None:
-            with torch.device("meta"):
-                build_unet(config.diffusion, num_classes)
-            if config.sampling.sampler != "ddpm-authors":
-                timesteps(config.diffusion.timesteps, config.sampling.steps)
-            if config.diffusion.load is None:
-                parts["diffusion"] = config.diffusion
+    if AMPLIFIED.intersection(config.methods) and config.sampling.load is None:
+        with torch.device("meta"):
+            build_unet(config.diffusion, num_classes)
+        if config.sampling.sampler != "ddpm-authors":
+            timesteps(config.diffusion.timesteps, config.sampling.steps)
+        if config.diffusion.load is None:
+            parts["diffusion"] = config.diffusion
     for name, part in parts.items():
         if part.batch_size % (world * part.accumulate):
             raise ValueError(
@@ -168,7 +171,7 @@ def _run_stages(
         raise ValueError("method group-dro needs bias labels: a CSV with a column `a`")
 
     scores: Scores | None = None
-    if not UNAIDED.issuperset(config.methods):
+    if AMPLIFIED.intersection(config.methods):
         synthetic, amplifier = path / "synthetic", path / "amplifier"
         if config.sampling.load is not None:
             stage("synthetic", lambda: import_synthetic(context, synthetic))
@@ -187,22 +190,37 @@ def _run_stages(
         table_path, model = amplifier / "scores.csv", amplifier / "model.safetensors"
         stage("scores", lambda: score_images(context, model, table_path) if main else None)
         scores = read_scores(table_path)
+    real_scores: Scores | None = None
+    if CONTROLS.intersection(config.methods):
+        amplifier = path / "real_amplifier"
+        resume = amplifier / "checkpoint.safetensors"
+        work = partial(train_amplifier, context, None, amplifier, resume)
+        stage("real-amplifier", work, resume)
+        files = amplifier / "model.safetensors", amplifier / "scores.csv"
+        stage("real-scores", lambda: score_images(context, *files) if main else None)
+        real_scores = read_scores(amplifier / "scores.csv")
 
     for seed in config.seeds:
         for method in config.methods:
             target = path / "classifiers" / method / f"seed{seed}"
+            if method == "jtt":
+                resume = target / "identification_checkpoint.safetensors"
+                work = partial(identify_errors, context, seed, target, resume)
+                stage(f"jtt-identification/{seed}", work, resume)
             resume = target / "checkpoint.safetensors"
-            work = partial(train_method, context, method, seed, target, resume, scores)
+            verdict = real_scores if method in CONTROLS else scores
+            work = partial(train_method, context, method, seed, target, resume, verdict)
             stage(f"{method}/seed{seed}", work, resume)
 
-    results = collect_results(path, config, data, scores, folder.seconds())
+    results = collect_results(path, config, data, scores, folder.seconds(), real_scores=real_scores)
     if main:
         write_atomically(path / "results.json", json.dumps(results, indent=2) + "\n")
         report.write(path, config, data, results)
         print(table(results))
         print(f"results: {path / 'results.json'}")
-        if scores is not None:
-            print(f"scores:  {table_path}")
+        for shown, name in ((scores, "amplifier"), (real_scores, "real_amplifier")):
+            if shown is not None:
+                print(f"scores:  {path / name / 'scores.csv'}")
         print(f"report:  {path / 'report.html'}")
     accelerator.wait_for_everyone()
     return results

@@ -130,10 +130,18 @@ def test_stage_fields_change_only_what_depends_on_them():
 
     everything = set(STAGE_FIELDS)
     ddb = {"ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii"}
+    real = {"real-amplifier-i", "real-amplifier-ii"}
+    jtt = {"jtt-identification", "jtt"}
     assert changed("diffusion.lr", 1) == {"diffusion", "synthetic", "amplifier", "scores"} | ddb
-    assert changed("classifier.lr", 1) == {"erm", "group-dro"} | ddb
-    assert changed("reweighting.class_maximum", True) == {"ddb-ii"}
-    assert changed("pseudo_labels.gamma", 2) == {"scores"} | ddb
+    amplifiers = {"amplifier", "scores", "real-amplifier", "real-scores"}
+    assert changed("amplifier.lr", 1) == amplifiers | ddb | real
+    assert changed("classifier.lr", 1) == {"erm", "lff", "dfr", "group-dro"} | jtt | ddb | real
+    assert changed("reweighting.class_maximum", True) == {"ddb-ii", "real-amplifier-ii"}
+    assert changed("pseudo_labels.gamma", 2) == {"scores", "real-scores"} | ddb | real
+    assert changed("lff.q", 0.5) == {"lff"}
+    assert changed("jtt.first_share", 0.5) == jtt
+    assert changed("jtt.upweight", 7) == {"jtt"}
+    assert changed("dfr.draws", 3) == {"dfr"}
     assert changed("data.rho", 0.9) == everything
     free = ["methods", "seeds", "threads", "out", "data.path", "checkpoint_minutes", "progress"]
     for field in free:

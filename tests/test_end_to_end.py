@@ -84,6 +84,7 @@ def test_results_have_the_documented_form(undisturbed):
         "methods",
         "synthetic",
         "amplifier",
+        "real_amplifier",
         "seconds",
     ]
     assert (results["format"], results["split"], results["selection"]) == (1, "test", "last")

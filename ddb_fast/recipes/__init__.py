@@ -8,6 +8,8 @@ the mean over ranks of the losses, and so the averaged gradient, is that of the 
 
 from ddb_fast.recipes.erm import ERM
 from ddb_fast.recipes.group_dro import GroupDRO
+from ddb_fast.recipes.jtt import repeated_errors
+from ddb_fast.recipes.lff import LfF
 from ddb_fast.recipes.loss_table import LossTable
 from ddb_fast.recipes.pseudo_groups import (
     PseudoGroups,
@@ -20,10 +22,12 @@ from ddb_fast.recipes.reweighting import ReweightedLoss
 __all__ = [
     "ERM",
     "GroupDRO",
+    "LfF",
     "LossTable",
     "PseudoGroups",
     "ReweightedLoss",
     "conflicting_groups",
     "predicted_groups",
     "pseudo_groups",
+    "repeated_errors",
 ]

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddb_fast.recipes import ERM, GroupDRO, ReweightedLoss
+from ddb_fast.recipes import ERM, GroupDRO, LfF, ReweightedLoss
 
 STEPS, WORLD, PER_RANK, N = 10, 2, 6, 40
-RECIPES = ("erm", "group_dro", "reweighted", "reweighted_lff")
+RECIPES = ("erm", "group_dro", "reweighted", "reweighted_lff", "lff")
 
 
 def training_set() -> dict[str, Tensor]:
@@ -47,6 +47,8 @@ def make_recipe(name: str, data: dict[str, Tensor]) -> nn.Module:
         return ERM()
     if name == "group_dro":
         return GroupDRO(data["groups"], 6, step_size=0.5, adjustment=0.7).double()
+    if name == "lff":
+        return LfF(data["y"], 3).double()
     lff = {"moving_average": 0.7, "class_maximum": True} if name == "reweighted_lff" else {}
     return ReweightedLoss(data["amplifier_loss"], data["y"], **lff).double()
 
@@ -56,7 +58,8 @@ def train(name: str, rank: int, world: int) -> dict[str, Tensor]:
     data = training_set()
     recipe = make_recipe(name, data)
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)).double()
+    outputs = [nn.Linear(8, 6), nn.Unflatten(1, (2, 3))] if name == "lff" else [nn.Linear(8, 3)]
+    model = nn.Sequential(nn.Linear(5, 8), *outputs).double()
     parameters = list(model.parameters())
     if world > 1:
         model = DistributedDataParallel(model)

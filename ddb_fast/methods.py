@@ -1,0 +1,214 @@
+"""The methods that are compared: how each trains a classifier, and how all are evaluated.
+
+Every method of a seed has the same network, the same first weights and the same number of images.
+"""
+
+import csv
+import io
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddb_fast import checkpoint
+from ddb_fast.classification import (
+    Scores,
+    first_network,
+    logits_of,
+    save_classifier,
+    train_classifier,
+)
+from ddb_fast.config import ClassifierConfig
+from ddb_fast.context import Context
+from ddb_fast.data.samplers import GroupBalancedSampler, ShuffledSampler
+from ddb_fast.engine import Sampler, step_seed
+from ddb_fast.metrics import accuracies, group_table
+from ddb_fast.models.pair import NetworkPair
+from ddb_fast.recipes import (
+    ERM,
+    GroupDRO,
+    LfF,
+    ReweightedLoss,
+    conflicting_groups,
+    predicted_groups,
+    repeated_errors,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The entries of another sampler looked up in a list, in which an image may stand often."""
+
+    sampler: Sampler
+    positions: Tensor
+
+    def batch(self, step: int, batch_size: int) -> Tensor:
+        return self.positions[self.sampler.batch(step, batch_size)]
+
+
+def build_method(
+    context: Context, method: str, seed: int, *, scores: Scores | None, folder: Path
+) -> tuple[nn.Module, Sampler]:
+    """The loss and the sampler that make a method; `scores` is needed by the amplified ones.
+
+    folder: of this method and seed, where jtt finds its error set.
+    """
+    config, train = context.config, context.data.splits["train"]
+    classes = len(context.data.classes)
+    if method == "erm":
+        return ERM(), ShuffledSampler(len(train), seed=seed)
+    if method == "lff":
+        rule = config.lff
+        recipe = LfF(train.y, classes, q=rule.q, moving_average=rule.moving_average)
+        return recipe, ShuffledSampler(len(train), seed=seed)
+    if method == "jtt":
+        positions = repeated_errors(read_errors(folder), upweight=config.jtt.upweight)
+        return ERM(), Lookup(ShuffledSampler(len(positions), seed=seed), positions)
+    if method in ("ddb-ii", "real-amplifier-ii"):
+        rule = config.reweighting
+        recipe = ReweightedLoss(
+            scores.loss,
+            train.y,
+            moving_average=rule.moving_average,
+            class_maximum=rule.class_maximum,
+        )
+        return recipe, ShuffledSampler(len(train), seed=seed)
+    if method == "group-dro":
+        groups = context.data.groups("train")
+        ids, num_groups = groups.ids, groups.num_groups
+    elif method == "ddb-i-predicted" or (
+        method in ("ddb-i", "real-amplifier-i")
+        and config.pseudo_labels.pseudo_groups == "predicted"
+    ):
+        ids, num_groups = predicted_groups(scores.predicted, train.y, classes), classes**2
+    else:
+        wrong = scores.predicted != train.y
+        conflicting = wrong if method == "ddb-i-error-set" else scores.conflicting
+        ids, num_groups = conflicting_groups(conflicting, train.y), 2 * classes
+    recipe = GroupDRO(
+        ids,
+        num_groups,
+        step_size=config.group_dro.step_size,
+        adjustment=config.group_dro.adjustment,
+    )
+    return recipe, GroupBalancedSampler(ids, num_groups=num_groups, seed=seed)
+
+
+def train_method(
+    context: Context, method: str, seed: int, folder: Path, resume: Path, scores: Scores | None
+) -> float:
+    """Train and evaluate one method with one seed; write its model and metrics; return seconds."""
+    config, data = context.config.classifier, context.data
+    train, classes = data.splits["train"], len(data.classes)
+    recipe, sampler = build_method(context, method, seed, scores=scores, folder=folder)
+    trained = network = first_network(config, classes, seed=seed)
+    if method == "lff":
+        other = first_network(config, classes, seed=step_seed(seed, "lff", "biased"))
+        trained = NetworkPair(biased=other, debiased=network)
+    seconds = train_classifier(
+        context,
+        trained,
+        config,
+        train.large,
+        train.y,
+        recipe=recipe,
+        sampler=sampler,
+        stage=f"{method} seed {seed}",
+        seed=seed,
+        resume=resume,
+        clipped=tuple(trained.children()) if method == "lff" else (),
+    )
+    if context.accelerator.is_main_process:
+        save_and_evaluate(context, method, seed, network, folder)
+    return seconds
+
+
+def save_and_evaluate(
+    context: Context, method: str, seed: int, network: nn.Module, folder: Path
+) -> None:
+    """Write a method's classifier and its metrics on what there is of test and validation."""
+    config, data = context.config.classifier, context.data
+    save_classifier(folder / "model.safetensors", network, config, data.classes)
+    results = {
+        name: evaluate(context, network, config, name)
+        for name in ("test", "val")
+        if len(data.splits.get(name, ()))
+    }
+    text = json.dumps({"method": method, "seed": seed, **results}, indent=2)
+    checkpoint.write_atomically(folder / "metrics.json", text + "\n")
+
+
+def evaluate(
+    context: Context, network: nn.Module, config: ClassifierConfig, split: str
+) -> dict[str, Any]:
+    """Metrics and group table of a classifier on one split; {"metrics", "groups"}."""
+    data = context.data
+    images = data.splits[split]
+    logits = logits_of(network, images.large, config, device=context.device, crop=True)
+    correct = logits.argmax(1) == images.y
+    groups, train_groups = data.groups(split), data.groups("train")
+    if groups is None:
+        return {"metrics": to_null(accuracies(correct)), "groups": []}
+    values = accuracies(correct, groups, train_counts=train_groups.counts)
+    return {"metrics": to_null(values), "groups": group_table(correct, groups)}
+
+
+def to_null(values: dict[str, float]) -> dict[str, float | None]:
+    """NaN as None, which JSON can hold."""
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+# --- jtt ---------------------------------------------------------------------------------------
+
+
+def identify_errors(context: Context, seed: int, folder: Path, resume: Path) -> float:
+    """Train JTT's first network, stopped early, and write which images it gets wrong; seconds.
+
+    It is trained as erm of the same seed is, up to `jtt.first_share` of the images (rates as over
+    all of them); its verdict is taken in eval mode, without augmentation. One process gives it, so
+    that all have the same.
+    """
+    config, data = context.config.classifier, context.data
+    train = data.splits["train"]
+    network = first_network(config, len(data.classes), seed=seed)
+    seconds = train_classifier(
+        context,
+        network,
+        config,
+        train.large,
+        train.y,
+        recipe=ERM(),
+        sampler=ShuffledSampler(len(train), seed=seed),
+        stage=f"jtt identification seed {seed}",
+        seed=seed,
+        resume=resume,
+        stop_at=math.ceil(config.images * context.config.jtt.first_share),
+    )
+    if not context.accelerator.is_main_process:
+        return seconds
+    save_classifier(folder / "identification.safetensors", network, config, data.classes)
+    logits = logits_of(network, train.large, config, device=context.device, crop=True)
+    predicted = logits.argmax(1)
+    error = predicted != train.y
+    if not error.any():
+        logger.warning("jtt seed %d: no training image is an error; it will equal erm", seed)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("path", "y", "predicted", "error"))
+    columns = (train.y, predicted, error.int())
+    writer.writerows(zip(train.paths, *(c.tolist() for c in columns), strict=True))
+    checkpoint.write_atomically(folder / "error_set.csv", text.getvalue())
+    return seconds
+
+
+def read_errors(folder: Path) -> Tensor:
+    """What JTT's first network gets wrong, (N,) bool in the order of the training images."""
+    with (folder / "error_set.csv").open(newline="", encoding="utf-8") as file:
+        return torch.tensor([row["error"] == "1" for row in csv.DictReader(file)])
