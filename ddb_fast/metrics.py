@@ -17,6 +17,8 @@ from ddb_fast.data.groups import Groups
 
 NAN = float("nan")
 _Z_95 = NormalDist().inv_cdf(0.975)
+_CELL_IMAGES = 10
+"""Fewest images of a (class, texture cluster) cell that counts, as published."""
 
 
 def _booleans(name: str, values: Tensor, size: int | None = None) -> Tensor:
@@ -86,6 +88,69 @@ def accuracies(
         share = train_counts.to(accuracy)[present]
         result["adjusted_average_accuracy"] = ((share * accuracy).sum() / share.sum()).item()
     return result
+
+
+def factor_gaps(
+    correct: Tensor,
+    groups: Groups,
+    factors: Sequence[tuple[str, int]],
+    *,
+    train_counts: Tensor,
+) -> dict[str, float]:
+    """Return how far accuracy falls where one bias of two, or both, break with the class.
+
+    factors: (name, number of values) of two attributes that make up a = first * n_second + second.
+    A sample breaks with its class in a factor where its value is not that of the class's aligned
+    attribute. With the adjusted average of `accuracies` as in-distribution accuracy,
+    <name>_gap is that minus the accuracy of the samples that break in this factor alone, and
+    both_gap that minus the accuracy of those that break in both: points of 1, positive = worse.
+
+    correct: (N,) bool; train_counts: (num_groups,). NaN where no sample is of the kind. ValueError
+    for other than two factors, ones that do not make the attribute, and as `accuracies`.
+    Source: UrbanCars (Li et al. 2023, "A Whac-A-Mole Dilemma"), with the sign of DDB's tables.
+    """
+    if len(factors) != 2 or math.prod(size for _, size in factors) != groups.num_biases:
+        raise ValueError(
+            f"factors {tuple(factors)}: two are needed whose numbers multiply to the "
+            f"{groups.num_biases} bias attributes"
+        )
+    (first, _), (second, size) = factors
+    usual = groups.aligned_bias[groups.y]
+    breaks = {
+        first: groups.a // size != usual // size,
+        second: groups.a % size != usual % size,
+    }
+    kinds = {
+        first: breaks[first] & ~breaks[second],
+        second: breaks[second] & ~breaks[first],
+        "both": breaks[first] & breaks[second],
+    }
+    values = accuracies(correct, groups, train_counts=train_counts)
+    within = values["adjusted_average_accuracy"]
+    return {f"{name}_gap": within - _mean(correct[kind]) for name, kind in kinds.items()}
+
+
+def texture_unbiased_accuracy(correct: Tensor, y: Tensor, clusters: Tensor) -> float:
+    """Return the mean accuracy over (class, cluster) cells, averaged over several clusterings.
+
+    Cells with fewer than 10 images do not count. correct: (N,) bool; y: (N,) classes; clusters:
+    (R, N), each sample's cluster in each of R clusterings, all integers from 0 on. NaN where a
+    clustering has no cell of 10. ValueError for other shapes, types and negative numbers.
+    Source: ReBias (Bahng et al. 2020), "unbiased" accuracy on ImageNet-9.
+    """
+    _booleans("correct", correct, len(y))
+    if clusters.ndim != 2 or clusters.shape[1] != len(y) or len(clusters) == 0:
+        raise ValueError(f"clusters has shape {tuple(clusters.shape)}, expected (R, {len(y)})")
+    for name, labels in (("y", y), ("clusters", clusters)):
+        if labels.is_floating_point() or labels.dtype == torch.bool or (labels < 0).any():
+            raise ValueError(f"{name} must hold integers from 0 on, got {labels.dtype}")
+    averages = []
+    for cluster in clusters:
+        _, cell = torch.stack([y, cluster]).unique(dim=1, return_inverse=True)
+        counts = torch.bincount(cell)
+        hits = torch.bincount(cell, weights=correct.double())
+        averages.append(_mean((hits / counts)[counts >= _CELL_IMAGES]))
+    return fmean(averages)
 
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:

@@ -16,11 +16,13 @@ from ddb_fast.metrics import (
     accuracies,
     auroc,
     average_precision,
+    factor_gaps,
     group_accuracy,
     group_table,
     merge_group_tables,
     precision_recall,
     summarise,
+    texture_unbiased_accuracy,
     wilson_interval,
 )
 
@@ -108,6 +110,96 @@ def test_one_bias_makes_the_unbiased_accuracy_the_balanced_accuracy():
     groups = Groups.from_labels(y, np.zeros_like(y))
     result = accuracies(torch.tensor(predicted == y), groups)
     assert result["unbiased_accuracy"] == pytest.approx(sk.balanced_accuracy_score(y, predicted))
+
+
+FACTORS = (("background", 2), ("co_object", 2))
+
+
+def test_hand_worked_gaps_of_urban_cars():
+    """The official training counts; ten test images a group, of which so many are right."""
+    # Class 0 goes with background 0 and co-object 0 (a = 0), class 1 with 1 and 1 (a = 3).
+    right = {0: (10, 8, 6, 2), 1: (1, 5, 7, 9)}
+    rows = [(y, a, i < right[y][a]) for y in (0, 1) for a in range(4) for i in range(10)]
+    y, a, correct = zip(*rows, strict=True)
+    groups = Groups.from_labels(y, a, num_biases=4, aligned_bias=[0, 3])
+    train = torch.tensor([3610, 190, 190, 10, 10, 190, 190, 3610])
+    gaps = factor_gaps(torch.tensor(correct), groups, FACTORS, train_counts=train)
+    # Usual 19/20, background alone (groups (0, 2) and (1, 1)) 11/20, co-object alone 15/20, both
+    # 3/20; in distribution .9025 * .95 + .0475 * .55 + .0475 * .75 + .0025 * .15 = .9195.
+    within = 0.9025 * 0.95 + 0.0475 * 0.55 + 0.0475 * 0.75 + 0.0025 * 0.15
+    assert within == pytest.approx(0.9195)
+    assert gaps == pytest.approx(
+        {
+            "background_gap": 0.9195 - 0.55,
+            "co_object_gap": 0.9195 - 0.75,
+            "both_gap": 0.9195 - 0.15,
+        }
+    )
+    average = accuracies(torch.tensor(correct), groups, train_counts=train)
+    assert average["adjusted_average_accuracy"] == pytest.approx(0.9195)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(0, 2), st.booleans()),
+        min_size=1,
+        max_size=60,
+    ),
+    st.lists(st.integers(1, 50), min_size=18, max_size=18),
+)
+@settings(deadline=None)
+def test_gaps_agree_with_numpy_for_factors_of_other_names_and_sizes(rows, train):
+    y, place, season, correct = (np.array(column) for column in zip(*rows, strict=True))
+    usual = np.array([[0, 0], [1, 2], [0, 1]])
+    groups = Groups.from_labels(
+        y, place * 3 + season, num_classes=3, num_biases=6, aligned_bias=usual @ [3, 1]
+    )
+    factors = (("place", 2), ("season", 3))
+    gaps = factor_gaps(torch.tensor(correct), groups, factors, train_counts=torch.tensor(train))
+    assert list(gaps) == ["place_gap", "season_gap", "both_gap"]
+    weights = np.array([train[k] for k in y * 6 + place * 3 + season], dtype=float)
+    weights /= np.bincount(y * 6 + place * 3 + season, minlength=18)[y * 6 + place * 3 + season]
+    within = np.average(correct, weights=weights)
+    odd = np.stack([place, season], 1) != usual[y]
+    kinds = {"place_gap": (True, False), "season_gap": (False, True), "both_gap": (True, True)}
+    for name, kind in kinds.items():
+        of_kind = (odd == kind).all(1)
+        if of_kind.any():
+            assert gaps[name] == pytest.approx(within - correct[of_kind].mean())
+        else:
+            assert math.isnan(gaps[name])
+
+
+def test_hand_worked_texture_unbiased_accuracy():
+    """Two clusterings of 30 images; cells of ten count, the one of nine does not."""
+    y = torch.tensor([0] * 20 + [1] * 10)
+    correct = torch.tensor([True] * 15 + [False] * 5 + [True] * 4 + [False] * 6)
+    # First: class 0 in clusters 0 and 1, ten each: 10/10 and 5/10; class 1 in cluster 0: 4/10.
+    # Second: class 0 in cluster 7: 15/20; class 1 in cluster 7 (nine: 3/9, out) and 2 (one, out).
+    first = torch.tensor([0] * 10 + [1] * 10 + [0] * 10)
+    second = torch.tensor([7] * 20 + [2] + [7] * 9)
+    one = texture_unbiased_accuracy(correct, y, first[None])
+    assert one == pytest.approx((1.0 + 0.5 + 0.4) / 3)
+    two = texture_unbiased_accuracy(correct, y, second[None])
+    assert two == pytest.approx(0.75)
+    both = texture_unbiased_accuracy(correct, y, torch.stack([first, second]))
+    assert both == pytest.approx((one + two) / 2)
+    sparse = torch.stack([first, torch.arange(30)])
+    assert math.isnan(texture_unbiased_accuracy(correct, y, sparse)), "a clustering without cells"
+
+
+def test_texture_unbiased_accuracy_agrees_with_scikit_learn():
+    rng = np.random.default_rng(0)
+    y, clusters = rng.integers(0, 3, 400), rng.integers(0, 9, (3, 400))
+    correct = rng.random(400) < 0.6
+    expected = []
+    for cluster in clusters:
+        cell = y * 9 + cluster
+        large = np.isin(cell, [c for c in range(27) if (cell == c).sum() >= 10])
+        expected.append(sk.balanced_accuracy_score(cell[large], np.where(correct, cell, 27)[large]))
+        assert 0 < large.sum() < 400, "some cells count and some do not"
+    got = texture_unbiased_accuracy(*map(torch.tensor, (correct, y, clusters)))
+    assert got == pytest.approx(np.mean(expected))
 
 
 @pytest.mark.parametrize(
@@ -234,6 +326,14 @@ def test_precision_and_recall_agree_with_scikit_learn(rows):
     assert recall == pytest.approx(expected, nan_ok=True)
 
 
+def gaps_of(factors):
+    return factor_gaps(CORRECT, GROUPS, factors, train_counts=GROUPS.counts)
+
+
+def textures_of(clusters):
+    return texture_unbiased_accuracy(CORRECT, GROUPS.y, clusters)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -244,6 +344,11 @@ def test_precision_and_recall_agree_with_scikit_learn(rows):
         (lambda: auroc(torch.full((8,), float("nan")), CORRECT), "NaN"),
         (lambda: average_precision(torch.ones(8), torch.ones(8)), "positive must be"),
         (lambda: precision_recall(CORRECT, CORRECT[:2]), "actual has 2 entries"),
+        (lambda: gaps_of((("background", 2),)), "factors .*background.*: two are needed"),
+        (lambda: gaps_of(FACTORS), "multiply to the 2 bias attributes"),
+        (lambda: textures_of(torch.zeros(8)), r"shape \(8,\), expected \(R, 8\)"),
+        (lambda: textures_of(torch.zeros(1, 8)), "clusters must hold integers .* torch.float32"),
+        (lambda: textures_of(-torch.ones(1, 8).long()), "clusters must hold integers from 0 on"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
