@@ -56,6 +56,8 @@ def normalise(images: Tensor, kind: str) -> Tensor:
     if kind in _UNIFORM:
         # Numbers, not a (3, 1, 1) tensor, which in channels_last is a loop of three: 4x as fast.
         mean, std = (values[0] for values in _STATISTICS[kind])
+        if mean == 0:
+            return torch.div(images, std)
     return torch.sub(images, mean).div_(std)
 
 
