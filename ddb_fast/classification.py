@@ -18,8 +18,8 @@ from ddb_fast.data.augment import amplifier_view, augment, centre
 from ddb_fast.data.pixels import normalise
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.store import gather, resident
-from ddb_fast.engine import Sampler, fit, step_seed
-from ddb_fast.models.classifiers import build_classifier, load_pretrained
+from ddb_fast.engine import Sampler, Selection, fit, step_seed
+from ddb_fast.models.classifiers import build_classifier, linear_head, load_pretrained
 from ddb_fast.recipes import ERM, pseudo_groups
 
 logger = logging.getLogger(__name__)
@@ -57,12 +57,13 @@ def train_classifier(
     resume: Path,
     clipped: Sequence[nn.Module] = (),
     stop_at: int | None = None,
+    selection: Selection | None = None,
     whole: bool = False,
 ) -> float:
     """Train a network in place on uint8 NHWC images; leave it in eval mode, return the seconds.
 
     `recipe(logits, y, index)` is the loss; `resume` is where the training state is kept meanwhile;
-    `clipped` and `stop_at` are the engine's.
+    `clipped`, `stop_at` and `selection` are the engine's.
     whole: images are resized, never cropped to their centre, as the amplifier's are when scored.
     """
     device = context.device
@@ -88,6 +89,7 @@ def train_classifier(
         recipe=recipe,
         clipped=clipped,
         stop_at=stop_at,
+        selection=selection,
         show_progress=context.config.progress,
     )
     network.eval()
@@ -137,6 +139,26 @@ def logits_of(
         pixels = view(gather(images, index, device), config.image_size)
         answers.append(network(normalise(pixels, config.pixel_norm)).float().cpu())
     return torch.cat(answers)
+
+
+def features_of(
+    network: nn.Module, images: Tensor, config: ClassifierConfig, *, device: torch.device
+) -> Tensor:
+    """What a target classifier's last layer is given, (N, D) fp32 on the CPU; as `logits_of`."""
+    batches = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        batches.append(inputs[0].float().cpu())
+
+    hook = linear_head(network).register_forward_pre_hook(keep)
+    try:
+        logits_of(network, images, config, device=device, crop=True)
+    finally:
+        hook.remove()
+    features = torch.cat(batches)
+    if features.ndim != 2:
+        raise ValueError(f"{config.model}: features {tuple(features.shape)} have no one row each")
+    return features
 
 
 # --- amplifier ---------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ RANGES: dict[str, tuple[float, float]] = {
 """Allowed values, ends included, of the fields of each name."""
 
 METHODS = (
-    "erm", "lff", "jtt", "group-dro",
+    "erm", "lff", "jtt", "dfr", "group-dro",
     "ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii",
     "real-amplifier-i", "real-amplifier-ii",
 )  # fmt: skip

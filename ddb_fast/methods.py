@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from ddb_fast import checkpoint
 from ddb_fast.classification import (
     Scores,
+    features_of,
     first_network,
+    load_classifier,
     logits_of,
     save_classifier,
     train_classifier,
@@ -26,8 +28,14 @@ from ddb_fast.classification import (
 from ddb_fast.config import ClassifierConfig
 from ddb_fast.context import Context
 from ddb_fast.data.samplers import GroupBalancedSampler, ShuffledSampler
-from ddb_fast.engine import Sampler, step_seed
-from ddb_fast.metrics import accuracies, group_table
+from ddb_fast.engine import Sampler, Selection, step_seed
+from ddb_fast.metrics import (
+    accuracies,
+    factor_gaps,
+    group_table,
+    texture_unbiased_accuracy,
+)
+from ddb_fast.models.classifiers import linear_head
 from ddb_fast.models.pair import NetworkPair
 from ddb_fast.recipes import (
     ERM,
@@ -37,6 +45,7 @@ from ddb_fast.recipes import (
     conflicting_groups,
     predicted_groups,
     repeated_errors,
+    reweighted_last_layer,
 )
 
 logger = logging.getLogger(__name__)
@@ -112,6 +121,14 @@ def train_method(
     if method == "lff":
         other = first_network(config, classes, seed=step_seed(seed, "lff", "biased"))
         trained = NetworkPair(biased=other, debiased=network)
+    selection = None
+    if context.config.selection != "last":
+
+        def score(_: nn.Module) -> dict[str, float]:
+            metrics = evaluate(context, network, config, "val")["metrics"]
+            return {name: math.nan if v is None else v for name, v in metrics.items()}
+
+        selection = Selection(score, by=context.config.selection, times=context.config.looks)
     seconds = train_classifier(
         context,
         trained,
@@ -124,16 +141,25 @@ def train_method(
         seed=seed,
         resume=resume,
         clipped=tuple(trained.children()) if method == "lff" else (),
+        selection=selection,
     )
     if context.accelerator.is_main_process:
-        save_and_evaluate(context, method, seed, network, folder)
+        chosen = {} if selection is None else {"images": selection.images}
+        save_and_evaluate(context, method, seed, network, folder, **chosen)
+        if selection is not None:
+            rows = [to_null(row) for row in selection.curve]
+            text = json.dumps({"by": context.config.selection, "curve": rows}, indent=2)
+            checkpoint.write_atomically(folder / "selection.json", text + "\n")
     return seconds
 
 
 def save_and_evaluate(
-    context: Context, method: str, seed: int, network: nn.Module, folder: Path
+    context: Context, method: str, seed: int, network: nn.Module, folder: Path, **chosen: float
 ) -> None:
-    """Write a method's classifier and its metrics on what there is of test and validation."""
+    """Write a method's classifier and its metrics on what there is of test and validation.
+
+    chosen: what the method itself chose, noted beside the metrics.
+    """
     config, data = context.config.classifier, context.data
     save_classifier(folder / "model.safetensors", network, config, data.classes)
     results = {
@@ -141,7 +167,7 @@ def save_and_evaluate(
         for name in ("test", "val")
         if len(data.splits.get(name, ()))
     }
-    text = json.dumps({"method": method, "seed": seed, **results}, indent=2)
+    text = json.dumps({"method": method, "seed": seed, **chosen, **results}, indent=2)
     checkpoint.write_atomically(folder / "metrics.json", text + "\n")
 
 
@@ -154,10 +180,17 @@ def evaluate(
     logits = logits_of(network, images.large, config, device=context.device, crop=True)
     correct = logits.argmax(1) == images.y
     groups, train_groups = data.groups(split), data.groups("train")
-    if groups is None:
-        return {"metrics": to_null(accuracies(correct)), "groups": []}
-    values = accuracies(correct, groups, train_counts=train_groups.counts)
-    return {"metrics": to_null(values), "groups": group_table(correct, groups)}
+    values, table = accuracies(correct), []
+    if groups is not None:
+        values = accuracies(correct, groups, train_counts=train_groups.counts)
+        table = group_table(correct, groups)
+        if data.factors:
+            values |= factor_gaps(correct, groups, data.factors, train_counts=train_groups.counts)
+    if images.clusters is not None:
+        values["texture_unbiased_accuracy"] = texture_unbiased_accuracy(
+            correct, images.y, images.clusters
+        )
+    return {"metrics": to_null(values), "groups": table}
 
 
 def to_null(values: dict[str, float]) -> dict[str, float | None]:
@@ -212,3 +245,35 @@ def read_errors(folder: Path) -> Tensor:
     """What JTT's first network gets wrong, (N,) bool in the order of the training images."""
     with (folder / "error_set.csv").open(newline="", encoding="utf-8") as file:
         return torch.tensor([row["error"] == "1" for row in csv.DictReader(file)])
+
+
+# --- dfr ---------------------------------------------------------------------------------------
+
+
+def retrain_last_layer(context: Context, seed: int, erm: Path, folder: Path) -> None:
+    """Replace the last layer of erm's network by DFR's, evaluate and write it; one process does.
+
+    erm: folder of erm with this seed. The layer is trained on the validation split, so the metrics
+    on that split are of images it has seen.
+    """
+    if not context.accelerator.is_main_process:
+        return
+    data, rule = context.data, context.config.dfr
+    network, config, _ = load_classifier(erm / "model.safetensors")
+    network.to(context.device)
+    val = data.splits["val"]
+    layer = reweighted_last_layer(
+        features_of(network, val.large, config, device=context.device),
+        val.y,
+        data.groups("val").ids,
+        len(data.classes),
+        inverse_strengths=rule.inverse_strengths,
+        draws=rule.draws,
+        seed=seed,
+    )
+    head = linear_head(network)
+    with torch.no_grad():
+        head.weight.copy_(layer.weight)
+        head.bias.copy_(layer.bias)
+    strength = layer.inverse_strength
+    save_and_evaluate(context, "dfr", seed, network, folder, inverse_strength=strength)

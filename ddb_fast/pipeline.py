@@ -41,7 +41,8 @@ from ddb_fast.generator import (
     synthesise,
     train_diffusion,
 )
-from ddb_fast.methods import identify_errors, train_method
+from ddb_fast.methods import identify_errors, retrain_last_layer, train_method
+from ddb_fast.models.classifiers import linear_head
 from ddb_fast.results import collect_results, table
 from ddb_fast.run_folder import RunFolder
 from ddb_fast.trackers import RunLog
@@ -87,9 +88,30 @@ def check_feasible(config: RunConfig, *, num_classes: int, world: int) -> None:
             )
         if isinstance(part, ClassifierConfig):
             with torch.device("meta"):
-                build_network(replace(part, weights=None), num_classes)
+                network = build_network(replace(part, weights=None), num_classes)
+            if name == "classifier" and "dfr" in config.methods:
+                linear_head(network)
             if part.weights not in (None, "imagenet") and not Path(part.weights).is_file():
                 raise ValueError(f"{name}.weights: no file {part.weights}")
+
+
+def check_labels(config: RunConfig, data: ImageData) -> None:
+    """Refuse with ValueError methods that need labels or splits which the data lacks."""
+    for method in ("group-dro", "dfr"):
+        if method in config.methods and data.groups("train") is None:
+            raise ValueError(f"method {method} needs bias labels: a CSV with a column `a`")
+    if config.selection != "last":
+        if "val" not in data.splits:
+            raise ValueError(f"selection {config.selection} needs a validation split; use last")
+        if config.selection != "average_accuracy" and data.groups("train") is None:
+            raise ValueError(f"selection {config.selection} needs bias labels; use last")
+    if "dfr" in config.methods:
+        present = set(data.splits["val"].y.tolist()) if "val" in data.splits else set()
+        absent = [name for c, name in enumerate(data.classes) if c not in present]
+        if absent:
+            raise ValueError(
+                f"method dfr needs a validation split with every class: none of {absent[0]}"
+            )
 
 
 def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -> dict[str, Any]:
@@ -109,6 +131,9 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -
     if config.sampling.load is not None:
         source = Path(config.sampling.load).resolve()
         config = replace(config, sampling=replace(config.sampling, load=str(source)))
+    if "dfr" in config.methods and "erm" not in config.methods:
+        logger.info("dfr gives erm's network another last layer: erm is trained and reported too")
+        config = replace(config, methods=("erm", *config.methods))
     listing = open_listing(config.data)
     folder = RunFolder(
         config, fingerprint=listing.fingerprint, device=device_name(accelerator), writes=main
@@ -167,8 +192,7 @@ def _run_stages(
         folder.finish("data", time.monotonic() - began)
     context = Context(config=config, accelerator=accelerator, data=data, log=log)
     logger.info("%s", describe(data))
-    if "group-dro" in config.methods and data.groups("train") is None:
-        raise ValueError("method group-dro needs bias labels: a CSV with a column `a`")
+    check_labels(config, data)
 
     scores: Scores | None = None
     if AMPLIFIED.intersection(config.methods):
@@ -210,6 +234,9 @@ def _run_stages(
             resume = target / "checkpoint.safetensors"
             verdict = real_scores if method in CONTROLS else scores
             work = partial(train_method, context, method, seed, target, resume, verdict)
+            if method == "dfr":  # after erm, which METHODS names first
+                erm = path / "classifiers" / "erm" / f"seed{seed}"
+                work = partial(retrain_last_layer, context, seed, erm, target)
             stage(f"{method}/seed{seed}", work, resume)
 
     results = collect_results(path, config, data, scores, folder.seconds(), real_scores=real_scores)

@@ -147,6 +147,19 @@ def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
+def linear_head(model: nn.Module) -> nn.Linear:
+    """The last layer of a classifier, whose inputs are its features.
+
+    ValueError where the network does not end in one linear layer with a bias, as a few of timm's.
+    """
+    names = {prefix.removesuffix(".") for prefix in _head_prefixes(model)}
+    heads = [module for name, module in model.named_modules() if name in names]
+    if len(heads) != 1 or not isinstance(heads[0], nn.Linear) or heads[0].bias is None:
+        kinds = ", ".join(type(head).__name__ for head in heads) or "nothing"
+        raise ValueError(f"{type(model).__name__} ends in {kinds}, not in one linear layer")
+    return heads[0]
+
+
 def _require_fit(own: dict[str, Tensor], tensors: dict[str, Tensor], *, path: Path) -> None:
     problems = {
         # Batch norm's step counter decides nothing at a fixed momentum; files older than it exist.

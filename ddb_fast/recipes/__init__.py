@@ -6,6 +6,7 @@ it. Under DistributedDataParallel each is exact as long as every rank passes equ
 the mean over ranks of the losses, and so the averaged gradient, is that of the whole batch.
 """
 
+from ddb_fast.recipes.dfr import LastLayer, reweighted_last_layer
 from ddb_fast.recipes.erm import ERM
 from ddb_fast.recipes.group_dro import GroupDRO
 from ddb_fast.recipes.jtt import repeated_errors
@@ -22,6 +23,7 @@ from ddb_fast.recipes.reweighting import ReweightedLoss
 __all__ = [
     "ERM",
     "GroupDRO",
+    "LastLayer",
     "LfF",
     "LossTable",
     "PseudoGroups",
@@ -30,4 +32,5 @@ __all__ = [
     "predicted_groups",
     "pseudo_groups",
     "repeated_errors",
+    "reweighted_last_layer",
 ]
