@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ddb_fast.config import METHODS, DataConfig, RunConfig, flatten, from_json
 from ddb_fast.published import PUBLISHED, Row
-from ddb_fast.tabular import COLUMNS, GAPS, GAPS_NOTE, markdown, percent, shown_metrics
+from ddb_fast.tabular import COLUMNS, caveats, markdown, percent, shown_metrics
 
 TAKES_RHO = ("digits", "colored-mnist", "waterbirds", "bffhq", "bar-rho")
 """Data sources whose training images depend on `data.rho`."""
@@ -174,11 +174,7 @@ def _notes(runs: Sequence[Run], metrics: Sequence[str]) -> list[str]:
         which = " ".join(map(str, seeds.pop())) if len(seeds) == 1 else "of each run"
         note += f"; mean ± standard deviation over seeds {which} (generator and amplifier shared)"
     notes = [note]
-    selections = dict.fromkeys(run.results["selection"] for run in runs)
-    if set(selections) != {"last"}:
-        notes.append(f"weights kept: {', '.join(selections)}")
-    if any(name in GAPS for name in metrics):
-        notes.append(GAPS_NOTE)
+    notes += dict.fromkeys(said for run in runs for said in caveats(run.results, metrics))
     rhos: dict[str, set[float]] = {}
     for run in runs:
         rhos.setdefault(run.fingerprint, set()).update({run.rho} - {None})

@@ -17,7 +17,7 @@ from ddb_fast.metrics import (
     precision_recall,
     summarise,
 )
-from ddb_fast.tabular import COLUMNS, GAPS, GAPS_NOTE, markdown, percent, shown_metrics
+from ddb_fast.tabular import COLUMNS, TEXTURE, caveats, markdown, percent, shown_metrics
 
 
 def collect_results(
@@ -33,19 +33,25 @@ def collect_results(
 
     scores, real_scores: of the amplifier trained on synthetic and of the one on real images.
     """
-    methods = {}
+    methods, textured = {}, "test"
     for method in config.methods:
         files = [
             path / "classifiers" / method / f"seed{seed}" / "metrics.json" for seed in config.seeds
         ]
-        tests = [json.loads(file.read_text("utf-8")).get("test") for file in files]
+        written = [json.loads(file.read_text("utf-8")) for file in files]
+        tests = [seed.get("test") for seed in written]
         if None in tests:
             methods[method] = {"metrics": {}, "groups": []}
             continue
         metrics = {
-            name: summarise([test["metrics"][name] for test in tests])
-            for name in tests[0]["metrics"]
+            name: summarise([test["metrics"].get(name) for test in tests])
+            for name in dict.fromkeys(name for test in tests for name in test["metrics"])
         }
+        # ImageNet-9 has its clusters for the validation images, whatever the test images are.
+        textures = [seed.get("val", {"metrics": {}})["metrics"].get(TEXTURE) for seed in written]
+        if TEXTURE not in metrics and None not in textures:
+            metrics[TEXTURE] = summarise(textures)
+            textured = "val"
         tables = [test["groups"] for test in tests]
         groups = merge_group_tables(tables) if tables[0] else []
         methods[method] = {"metrics": metrics, "groups": groups}
@@ -54,7 +60,8 @@ def collect_results(
         "dataset": data.name,
         "preset": config.preset,
         "split": "test",
-        "selection": "last",
+        "texture_split": textured,
+        "selection": config.selection,
         "seeds": list(config.seeds),
         "methods": methods,
         "synthetic": _synthetic(path / "synthetic" / "images.safetensors", data),
@@ -112,8 +119,7 @@ def table(results: dict[str, Any]) -> str:
     note = f"accuracy on the {results['split']} split, %"
     if seeds > 1:
         note += f"; mean ± standard deviation of {seeds} seeds (generator and amplifier shared)"
-    if any(name in GAPS for name in shown):
-        note += f"; {GAPS_NOTE}"
+    note = "; ".join([note, *caveats(results, shown)])
     return "\n".join(["", note, "", markdown(rows), "", *findings(results)])
 
 

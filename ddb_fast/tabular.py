@@ -17,7 +17,7 @@ COLUMNS = {
 }
 """Every metric of results.json and its heading, in the order of the tables."""
 GAPS = ("background_gap", "co_object_gap", "both_gap")
-GAPS_NOTE = "gaps: points below the adjusted average, positive = worse"
+TEXTURE = "texture_unbiased_accuracy"
 
 
 def percent(summary: dict[str, Any] | None) -> str:
@@ -38,6 +38,18 @@ def shown_metrics(results: dict[str, Any]) -> list[str]:
     if not any(name in GAPS for name in defined):
         defined = [name for name in defined if name != "adjusted_average_accuracy"]
     return defined
+
+
+def caveats(results: dict[str, Any], shown: Sequence[str]) -> list[str]:
+    """What has to be said with these metrics, and with weights that were selected."""
+    said = []
+    if any(name in GAPS for name in shown):
+        said.append("gaps: points below the adjusted average, positive = worse")
+    if TEXTURE in shown and results.get("texture_split") == "val":
+        said.append("texture-unbiased: on the validation split")
+    if results["selection"] != "last":
+        said.append(f"weights: best {COLUMNS[results['selection']]} accuracy on validation")
+    return said
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
