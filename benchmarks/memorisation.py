@@ -1,0 +1,147 @@
+"""Why the amplifier sees synthetic images only: its pseudo labels over training time.
+
+    python benchmarks/memorisation.py runs/cmnist-0.98 --out docs/memorisation
+
+The amplifier of a finished run is trained twice, on its synthetic images and on the real training
+images, same network and same steps; at every look it scores real training images, and AUROC,
+precision and recall of its pseudo labels are taken against the true groups. The true groups are
+shown, never used. Writes OUT.json and OUT.png.
+"""
+
+import argparse
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from finished import open_run, read_rows, write_rows
+from torch import nn
+from torch.nn import functional as F
+
+from ddb_fast import checkpoint
+from ddb_fast.classification import first_network, logits_of, train_classifier
+from ddb_fast.data.samplers import ShuffledSampler
+from ddb_fast.engine import Selection
+from ddb_fast.metrics import auroc, null, precision_recall
+from ddb_fast.recipes import ERM, pseudo_groups
+from ddb_fast.train import choose_precision
+
+
+def curve(context, source: str, *, images: int, looks: int, scored: int) -> list[dict]:
+    """A row a look of the amplifier trained on `source`: synthetic or real."""
+    data, rules = context.data, context.config.pseudo_labels
+    config = replace(context.config.amplifier, images=images, lr_schedule="constant")
+    train, groups = data.splits["train"], data.groups("train")
+    if groups is None:
+        raise ValueError(f"{data.name} has no bias labels to compare with")
+    if source == "real":
+        pixels, y = train.small, train.y
+    else:
+        path = Path(context.config.out) / "synthetic" / "images.safetensors"
+        tensors, _ = checkpoint.load_tensors(path)
+        pixels, y = tensors["images"].permute(0, 2, 3, 1).contiguous(), tensors["labels"]
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:scored]
+    chosen = chosen.sort().values
+    shown, labels, conflicting = train.small[chosen], train.y[chosen], ~groups.bias_aligned[chosen]
+
+    def figures(network: nn.Module) -> dict[str, float]:
+        logits = logits_of(network, shown, config, device=context.device, crop=False)
+        loss = F.cross_entropy(logits.double(), labels, reduction="none")
+        verdict = pseudo_groups(
+            loss,
+            logits.argmax(1),
+            labels,
+            len(data.classes),
+            gamma=rules.gamma,
+            stats_over=rules.stats_over,
+            filter=rules.filter,
+        )
+        precision, recall = precision_recall(verdict.conflicting, conflicting)
+        correct = logits.argmax(1) == labels
+        return {
+            "auroc": auroc(verdict.score, conflicting),
+            "precision": precision,
+            "recall": recall,
+            "conflicting_accuracy": correct[conflicting].double().mean().item(),
+        }
+
+    selection = Selection(figures, by="auroc", times=looks)
+    with tempfile.TemporaryDirectory() as folder:
+        train_classifier(
+            context,
+            first_network(config, len(data.classes), seed=context.config.seed),
+            config,
+            pixels,
+            y,
+            whole=True,
+            recipe=ERM(),
+            sampler=ShuffledSampler(len(y), seed=context.config.seed),
+            stage="amplifier",
+            seed=context.config.seed,
+            resume=Path(folder) / "checkpoint.safetensors",
+            selection=selection,
+        )
+    return [
+        {"dataset": data.name, "rho": context.config.data.rho, "trained_on": source,
+         "scored": len(chosen), **{name: null(value) for name, value in row.items()}}
+        for row in selection.curve
+    ]  # fmt: skip
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """A panel a figure over the images shown; one line a data set and source."""
+    from matplotlib.figure import Figure
+
+    names = ("auroc", "precision", "recall")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    keys = sorted({(r["dataset"], r["rho"]) for r in rows})
+    for panel, name in zip(figure.subplots(1, 3), names, strict=True):
+        for number, key in enumerate(keys):
+            for source, style in (("synthetic", "-"), ("real", "--")):
+                own = [r for r in rows if ((r["dataset"], r["rho"]), r["trained_on"])
+                       == (key, source) and r[name] is not None]  # fmt: skip
+                panel.plot([r["images"] for r in own], [r[name] for r in own], style,
+                           color=f"C{number}", label=f"{key[0]} {key[1]:g}, {source}")  # fmt: skip
+        panel.set(title=name, xlabel="images shown to the amplifier", xscale="log", ylim=(0, 1.03))
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument("--out", type=Path, required=True, help="OUT.json and OUT.png")
+    parser.add_argument("--images", type=int, help="length of each training (4x the run's)")
+    parser.add_argument("--looks", type=int, default=40)
+    parser.add_argument("--scored", type=int, default=10_000, help="real images scored at a look")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    cuda = torch.cuda.is_available()
+    precision, _ = choose_precision("auto", exported=None, cuda=cuda)
+    accelerator = Accelerator(mixed_precision=precision)
+    rows = read_rows(arguments.out.with_suffix(".json"))
+    try:
+        for run in arguments.runs:
+            context = open_run(run, accelerator)
+            for source in ("synthetic", "real"):
+                key = (context.data.name, context.config.data.rho, source)
+                if any(key == (r["dataset"], r["rho"], r["trained_on"]) for r in rows):
+                    continue
+                images = arguments.images or 4 * context.config.amplifier.images
+                rows += curve(
+                    context, source, images=images, looks=arguments.looks, scored=arguments.scored
+                )
+                write_rows(arguments.out.with_suffix(".json"), rows)
+                print(*rows[-arguments.looks :: max(1, arguments.looks // 6)], sep="\n", flush=True)
+    except ValueError as error:
+        print(f"memorisation: {error}", file=sys.stderr)
+        return 2
+    plot(rows, arguments.out.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
