@@ -54,13 +54,13 @@ def colored_mnist() -> RunConfig:
         sampling=SamplingConfig(per_class=200),
         amplifier=ClassifierConfig(
             model="cnn",
-            width=16,
-            images=32_000,
+            width=32,
+            images=64_000,
             batch_size=64,
             weight_decay=1e-2,
             image_size=32,
             pixel_norm="symmetric",
-            augment="none",
+            augment="shift",
         ),
         classifier=ClassifierConfig(
             model="mlp",
