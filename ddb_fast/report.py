@@ -17,7 +17,7 @@ from ddb_fast.classification import read_scores
 from ddb_fast.config import RunConfig, flatten
 from ddb_fast.data.store import ImageData
 from ddb_fast.results import findings
-from ddb_fast.tabular import COLUMNS, percent, shown_metrics
+from ddb_fast.tabular import COLUMNS, caveats, percent, shown_metrics
 
 SHOWN = 8
 """Images a row."""
@@ -74,12 +74,14 @@ def write(folder: Path, config: RunConfig, data: ImageData, results: dict[str, A
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    shown = shown_metrics(results)
     page = environment.get_template("report.html.j2").render(
         title=data.name,
         results=results,
         findings=findings(results),
         classes=_class_rows(folder, data),
-        columns={name: COLUMNS[name] for name in shown_metrics(results)},
+        columns={name: COLUMNS[name] for name in shown},
+        caveats=caveats(results, shown),
         percent=percent,
         command=shlex.join(manifest["command"]),
         device=manifest["device"],
