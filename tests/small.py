@@ -57,6 +57,46 @@ def ddb_fast(out: Path, **changes: str):
     return run([sys.executable, "-m", "ddb_fast.cli", "run", *arguments(out, **changes)])
 
 
+# A process that loads everything once and forks a child for each attempt. The child runs the same
+# command and kills itself with SIGKILL just before or just after the n-th file whose path contains
+# a given text is renamed into place.
+ATTEMPTS = """
+import os, signal, sys, json
+import ddb_fast.pipeline, ddb_fast.train  # not run yet: forking before any thread exists
+argv, kills = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+out = argv[argv.index("--out") + 1]
+for kill in [*kills, None]:
+    pid = os.fork()
+    if pid == 0:
+        if kill is not None:
+            text, number, when = kill
+            rename, seen = os.replace, [0]
+            def replace(source, target):
+                matches = text in os.path.relpath(target, out)
+                seen[0] += matches
+                hit = matches and seen[0] == number
+                if hit and when == "before":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                rename(source, target)
+                if hit:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            os.replace = replace
+        os._exit(ddb_fast.train.main(argv, prog="run"))
+    status = os.waitpid(pid, 0)[1]
+    print(kill, os.WIFSIGNALED(status) and os.WTERMSIG(status), os.WIFEXITED(status) and
+          os.WEXITSTATUS(status), flush=True)
+"""
+
+
+def killed(argv: list[str], kills: list[tuple[str, int, str]]) -> None:
+    """Run a command, killed as `kills` say (path's text, number, before or after), to its end."""
+    answer = run([sys.executable, "-c", ATTEMPTS, json.dumps(argv), json.dumps(kills)])
+    lines = [line for line in answer.stdout.splitlines() if line.startswith(("[", "None"))]
+    assert lines[-1] == "None False 0", answer.stderr
+    for kill, line in zip(kills, lines, strict=False):
+        assert line == f"{list(kill)} 9 False", f"{line} for {kill}: {answer.stderr[-2000:]}"
+
+
 def results(out: Path) -> dict:
     """results.json without the seconds, which no two runs share."""
     loaded = json.loads((out / "results.json").read_text())

@@ -11,6 +11,9 @@ from ddb_fast.arguments import field_texts, parse_run
 from ddb_fast.config import (
     METHODS,
     STAGE_FIELDS,
+    DFRConfig,
+    JTTConfig,
+    LfFConfig,
     fields_hash,
     flatten,
     from_json,
@@ -28,6 +31,14 @@ def preset(request):
 
 def test_json_round_trip(preset):
     assert from_json(to_json(preset)) == preset
+
+
+def test_a_configuration_written_before_a_section_existed_loads(preset):
+    written = json.loads(to_json(preset))
+    for section in ("lff", "jtt", "dfr"):
+        del written[section]
+    defaults = {"lff": LfFConfig(), "jtt": JTTConfig(), "dfr": DFRConfig()}
+    assert from_json(json.dumps(written)) == dataclasses.replace(preset, **defaults)
 
 
 def test_every_leaf_is_an_option_that_round_trips_as_text(preset):

@@ -162,35 +162,6 @@ def test_another_configuration_is_refused_and_nothing_is_lost(undisturbed):
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == kept
 
 
-# A process that loads everything once and forks a child for each attempt. The child runs the same
-# command and kills itself with SIGKILL just before or just after the n-th file whose path contains
-# a given text is renamed into place.
-ATTEMPTS = """
-import os, signal, sys, json
-import ddb_fast.pipeline, ddb_fast.train  # not run yet: forking before any thread exists
-argv, kills = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-out = argv[argv.index("--out") + 1]
-for kill in [*kills, None]:
-    pid = os.fork()
-    if pid == 0:
-        if kill is not None:
-            text, number, when = kill
-            rename, seen = os.replace, [0]
-            def replace(source, target):
-                matches = text in os.path.relpath(target, out)
-                seen[0] += matches
-                hit = matches and seen[0] == number
-                if hit and when == "before":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                rename(source, target)
-                if hit:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            os.replace = replace
-        os._exit(ddb_fast.train.main(argv, prog="run"))
-    status = os.waitpid(pid, 0)[1]
-    print(kill, os.WIFSIGNALED(status) and os.WTERMSIG(status), os.WIFEXITED(status) and
-          os.WEXITSTATUS(status), flush=True)
-"""
 KILLS = [
     ("cache/", 1, "before"),
     ("cache/", 2, "after"),
@@ -217,12 +188,7 @@ KILLS = [
 @pytest.mark.timeout(900)
 def test_kill_9_in_every_stage_then_the_same_command_gives_the_same_numbers(undisturbed, tmp_path):
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", ATTEMPTS, json.dumps(small.arguments(out)), json.dumps(KILLS)]
-    answer = small.run(command)
-    lines = [line for line in answer.stdout.splitlines() if line.startswith(("[", "None"))]
-    assert lines[-1] == "None False 0", answer.stderr
-    for kill, line in zip(KILLS, lines, strict=False):
-        assert line == f"{list(kill)} 9 False", f"{line} for {kill}: {answer.stderr[-2000:]}"
+    small.killed(small.arguments(out), KILLS)
     same_run(undisturbed[0], out)
     assert not list(out.rglob("*.part"))
 

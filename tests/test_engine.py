@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ddb_fast.checkpoint import load_tensors
 from ddb_fast.config import Optimisation
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.engine import (
@@ -106,7 +107,9 @@ class Table(nn.Module):
         return (losses / self.visits[index]).mean()
 
 
-def train(tmp_path, name, *, optimisation=None, stop_after=None, every=None, selection=None):
+def train(
+    tmp_path, name, *, optimisation=None, stop_after=None, stop_at=None, every=None, selection=None
+):
     """Fit a small noisy network; optionally interrupt, as Ctrl-C would, after some steps."""
     torch.manual_seed(1)
     x, y = torch.randn(50, 6), torch.randn(50, 1)
@@ -136,6 +139,7 @@ def train(tmp_path, name, *, optimisation=None, stop_after=None, every=None, sel
         log=RunLog(accelerator, tmp_path / "log.jsonl"),
         checkpoints=Checkpoints(path=tmp_path / name / "state.safetensors", images=every),
         recipe=recipe,
+        stop_at=stop_at,
         ema=ema,
         selection=selection,
         show_progress=False,
@@ -158,6 +162,17 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, optimizer):
         for name, tensor in before.items():
             assert torch.equal(after[name], tensor), name
     assert torch.equal(straight[2], resumed[2])
+
+
+def test_stopping_early_cuts_the_training_and_changes_none_of_its_steps(tmp_path):
+    config = Optimisation(images=240, batch_size=8, lr=0.01, warmup=0.1)
+    state, *_, taken = train(tmp_path, "a", optimisation=config, stop_at=77)
+    assert len(taken) == 10
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "b", optimisation=config, stop_after=10, every=80)
+    whole, _ = load_tensors(tmp_path / "b" / "state.safetensors")
+    for name, tensor in state.items():
+        assert torch.equal(whole[f"model.{name}"], tensor), name
 
 
 class Looks:

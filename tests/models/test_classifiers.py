@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ddb_fast.models.classifiers import build_classifier, load_pretrained
+from ddb_fast.models.classifiers import build_classifier, linear_head, load_pretrained
 
 LARGE = ("resnet18", "resnet50", "densenet121")
 ALL = (*LARGE, "cnn", "mlp")
@@ -271,3 +271,38 @@ def test_unreachable_hub_says_what_to_do(monkeypatch, name):
 def test_no_imagenet_weights_for_the_others(name):
     with pytest.raises(ValueError, match=f"no 'imagenet' weights for {name}"):
         load_pretrained(network("cnn"), "imagenet", name=name)
+
+
+# The last layer.
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_last_layer_turns_features_into_logits(name):
+    model, features = network(name, 3).eval(), []
+    head = linear_head(model)
+    head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    with torch.no_grad():
+        logits = model(torch.randn(2, 3, 32, 32))
+    assert features[0].shape == (2, head.in_features)
+    torch.testing.assert_close(F.linear(features[0], head.weight, head.bias), logits)
+
+
+def test_the_last_layer_of_timms_networks_is_the_one_they_name():
+    model = nn.Module()
+    model.pretrained_cfg = {"classifier": "head.fc"}
+    model.head = nn.Sequential()
+    model.head.add_module("norm", nn.Linear(4, 4))
+    model.head.add_module("fc", nn.Linear(4, 2))
+    assert linear_head(model) is model.head.fc
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"), [(nn.Conv2d(4, 2, 1), "Conv2d"), (nn.Linear(4, 2, bias=False), "Linear")]
+)
+def test_a_network_without_one_linear_last_layer(head, kind):
+    model = nn.Module()
+    model.fc = head
+    with pytest.raises(ValueError, match=f"ends in {kind}, not in one linear layer"):
+        linear_head(model)
+    with pytest.raises(ValueError, match="ends in nothing"):
+        linear_head(nn.Sequential(nn.Linear(4, 2)))
