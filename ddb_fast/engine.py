@@ -47,6 +47,18 @@ def step_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
+def seed_step(seed: int, device: torch.device) -> None:
+    """Seed the default generators of the CPU and of the device, as `torch.manual_seed` does.
+
+    That one formats the stack for every accelerator which is not there: 0.3 ms a call.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)
+
+
 def learning_rate(config: Optimisation, images: int) -> float:
     """The rate after `images` of `config.images` images: linear warm-up, then the schedule."""
     progress = images / config.images
@@ -196,6 +208,9 @@ def fit(
         logger.info("%s: continues after %d images", stage, start * size)
 
     model, prepared = accelerator.prepare(network, optimizer)
+    # Only loss scaling needs accelerate's wrapper, which searches the disk for a package at each
+    # step: 0.4 ms, a tenth of a small classifier's.
+    step_optimizer = optimizer.step if accelerator.scaler is None else prepared.step
     model.train()
     steps = math.ceil((config.images if stop_at is None else stop_at) / size)
     began = saved_at = time.monotonic()
@@ -220,7 +235,7 @@ def fit(
     bar = Progress(log, stage, total=steps * size, start=start * size, shown=shown)
     with bar:
         for step in range(start, steps):
-            torch.manual_seed(step_seed(seed, stage, step, rank))
+            seed_step(step_seed(seed, stage, step, rank), accelerator.device)
             shares = sampler.batch(step, size).view(world, parts, -1)[rank]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step * size)
@@ -236,8 +251,8 @@ def fit(
                 accelerator.unscale_gradients()
                 for module in clipped or (network,):
                     nn.utils.clip_grad_norm_(module.parameters(), config.grad_clip)
-            prepared.step()
-            prepared.zero_grad(set_to_none=True)
+            step_optimizer()
+            optimizer.zero_grad(set_to_none=True)
             images = (step + 1) * size
             if ema is not None:
                 ema.update(images, size)
