@@ -44,7 +44,7 @@ def two_digits(tmp_path_factory):
     """Zeros and ones of the embedded set as PNG files, and a table with their colours."""
     root = tmp_path_factory.mktemp("two digits")
     rows = []
-    for path, y, split, pixels, a in digits(0.9).entries:
+    for path, y, split, pixels, a, *_ in digits(0.9).entries:
         if y < 2 and (split != "test" or a < 2):
             file = root / path
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -163,3 +163,26 @@ def test_one_command_line_serves_both_entrances(tmp_path):
     two = small.run([sys.executable, "ddb_fast/train.py", *words], cwd=small.ROOT)
     assert one.returncode == two.returncode == 0, two.stderr
     assert one.stdout == two.stdout
+
+
+def test_weights_chosen_by_validation(two_digits, tmp_path, capsys):
+    """`--selection` keeps the look that validates best, and says after how many images it was."""
+    out = tmp_path / "out"
+    command = ["tiny", "--data", two_digits / "table.csv", "--out", out]
+    short = {"methods": "erm lff", "selection": "average_accuracy", "looks": "5"}
+    assert run(*command, **short) == 0
+    for method in ("erm", "lff"):
+        folder = out / "classifiers" / method / "seed0"
+        chosen = json.loads((folder / "selection.json").read_text())
+        metrics = json.loads((folder / "metrics.json").read_text())
+        best = max(row["average_accuracy"] for row in chosen["curve"])
+        assert len(chosen["curve"]) == 5 and chosen["by"] == "average_accuracy"
+        assert metrics["val"]["metrics"]["average_accuracy"] == best
+        first = next(row for row in chosen["curve"] if row["average_accuracy"] == best)
+        assert metrics["images"] == first["images"]
+    assert json.loads((out / "results.json").read_text())["selection"] == "average_accuracy"
+    assert "best average accuracy on validation" in capsys.readouterr().out
+    other = tmp_path / "other"
+    no_labels = ["tiny", "--data", two_digits, "--out", other]
+    assert run(*no_labels, methods="erm", selection="worst_group_accuracy") == 2
+    assert "selection worst_group_accuracy needs bias labels; use last" in capsys.readouterr().err
