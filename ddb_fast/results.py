@@ -60,7 +60,8 @@ def collect_results(
         "dataset": data.name,
         "preset": config.preset,
         "split": "test",
-        "texture_split": textured,
+        # Where there is no texture to measure, nothing needs to be said of its split.
+        **({} if textured is None else {"texture_split": textured}),
         "selection": config.selection,
         "seeds": list(config.seeds),
         "methods": methods,
