@@ -33,7 +33,7 @@ def collect_results(
 
     scores, real_scores: of the amplifier trained on synthetic and of the one on real images.
     """
-    methods, textured = {}, "test"
+    methods, textured = {}, {}
     for method in config.methods:
         files = [
             path / "classifiers" / method / f"seed{seed}" / "metrics.json" for seed in config.seeds
@@ -51,7 +51,7 @@ def collect_results(
         textures = [seed.get("val", {"metrics": {}})["metrics"].get(TEXTURE) for seed in written]
         if TEXTURE not in metrics and None not in textures:
             metrics[TEXTURE] = summarise(textures)
-            textured = "val"
+            textured = {"texture_split": "val"}
         tables = [test["groups"] for test in tests]
         groups = merge_group_tables(tables) if tables[0] else []
         methods[method] = {"metrics": metrics, "groups": groups}
@@ -60,8 +60,7 @@ def collect_results(
         "dataset": data.name,
         "preset": config.preset,
         "split": "test",
-        # Where there is no texture to measure, nothing needs to be said of its split.
-        **({} if textured is None else {"texture_split": textured}),
+        **textured,
         "selection": config.selection,
         "seeds": list(config.seeds),
         "methods": methods,
