@@ -13,7 +13,7 @@ import torch
 
 from ddb_fast import cli
 from ddb_fast.config import DataConfig
-from ddb_fast.data.benchmarks.colored_mnist import colored_mnist, colours_of, stroke_colour
+from ddb_fast.data.benchmarks.colored_mnist import colours_of, list_colored_mnist, stroke_colour
 from ddb_fast.data.sources import open_listing
 from ddb_fast.data.store import pad
 
@@ -38,7 +38,7 @@ def real():
 
 @pytest.fixture(scope="module")
 def rendered():
-    return colored_mnist(MNIST, rho=0.995, validation_share=0.0)
+    return list_colored_mnist(MNIST, rho=0.995, validation_share=0.0)
 
 
 def dealt(labels, own, others):
@@ -172,12 +172,12 @@ def small(tmp_path):
 
 
 def test_files_raw_or_compressed_and_a_warning_that_it_is_not_mnist(small, caplog):
-    listing = colored_mnist(small, rho=0.9, validation_share=0.0)
+    listing = list_colored_mnist(small, rho=0.9, validation_share=0.0)
     assert Counter(listing.split) == {"train": 200, "test": 200}
     aligned = sum(e.a == e.y for e in listing.entries if e.split == "train")
     assert aligned == 180
     assert "200 train images, not MNIST's 60000" in caplog.text
-    again = colored_mnist(small, rho=0.9, validation_share=0.0)
+    again = list_colored_mnist(small, rho=0.9, validation_share=0.0)
     assert again.fingerprint == listing.fingerprint
 
 
@@ -211,4 +211,4 @@ def test_files_that_are_wrong(small, capsys):
 @pytest.mark.parametrize("share", [{"rho": 1.5}, {"rho": -0.1}, {"validation_share": 2}])
 def test_shares_that_are_none(small, share):
     with pytest.raises(ValueError, match="a share in"):
-        colored_mnist(small, **share)
+        list_colored_mnist(small, **share)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddb_fast.config import DataConfig
-from ddb_fast.data.benchmarks.bar import bar, bar_rho
-from ddb_fast.data.benchmarks.bffhq import bffhq
-from ddb_fast.data.benchmarks.colored_mnist import colored_mnist
-from ddb_fast.data.benchmarks.imagenet9 import imagenet9
+from ddb_fast.data.benchmarks.bar import list_bar, list_bar_rho
+from ddb_fast.data.benchmarks.bffhq import list_bffhq
+from ddb_fast.data.benchmarks.colored_mnist import list_colored_mnist
+from ddb_fast.data.benchmarks.imagenet9 import list_imagenet9
 from ddb_fast.data.benchmarks.layout import LayoutError
-from ddb_fast.data.benchmarks.urbancars import urbancars
-from ddb_fast.data.benchmarks.waterbirds import waterbirds
+from ddb_fast.data.benchmarks.urbancars import list_urbancars
+from ddb_fast.data.benchmarks.waterbirds import list_waterbirds
 from ddb_fast.data.listing import Listing
 
 
@@ -31,7 +31,7 @@ _BAR = {
 }
 BENCHMARKS = {
     "colored-mnist": Benchmark(
-        load=lambda root, config: colored_mnist(
+        load=lambda root, config: list_colored_mnist(
             root, rho=config.rho, validation_share=config.validation_share
         ),
         tree="ROOT/ with MNIST's train-images-idx3-ubyte, train-labels-idx1-ubyte, "
@@ -39,23 +39,23 @@ BENCHMARKS = {
         published="https://ossci-datasets.s3.amazonaws.com/mnist/",
     ),
     "waterbirds": Benchmark(
-        load=lambda root, config: waterbirds(root, rho=config.rho),
+        load=lambda root, config: list_waterbirds(root, rho=config.rho),
         tree="ROOT/metadata.csv (img_id, img_filename, y, split, place, place_filename) and the "
         "images it names, or the same in ROOT/waterbird_complete95_forest2water2/",
         published="https://nlp.stanford.edu/data/dro/waterbird_complete95_forest2water2.tar.gz",
     ),
     "bffhq": Benchmark(
-        load=lambda root, config: bffhq(root, rho=config.rho),
+        load=lambda root, config: list_bffhq(root, rho=config.rho),
         tree="ROOT/0.5pct/{align,conflict}/{0,1}/<id>_<age>_<gender>.png, ROOT/valid/*.png and "
         "ROOT/test/*.png",
         published="https://github.com/kakaoenterprise/Learning-Debiased-Disentangled",
     ),
     "bar": Benchmark(
-        load=lambda root, config: bar(root, validation_share=config.validation_share), **_BAR
+        load=lambda root, config: list_bar(root, validation_share=config.validation_share), **_BAR
     ),
-    "bar-rho": Benchmark(load=lambda root, config: bar_rho(root, rho=config.rho), **_BAR),
+    "bar-rho": Benchmark(load=lambda root, config: list_bar_rho(root, rho=config.rho), **_BAR),
     "imagenet-9": Benchmark(
-        load=lambda root, config: imagenet9(root),
+        load=lambda root, config: list_imagenet9(root),
         tree="ROOT/train/<wnid>/*.JPEG and ROOT/val/<wnid>/*.JPEG with the 42 wnids of the nine "
         "classes, optionally ROOT/imagenet-a/<wnid>/*.jpg and ROOT/texture_clusters.csv (path, "
         "cluster_1, cluster_2, cluster_3)",
@@ -63,7 +63,7 @@ BENCHMARKS = {
         "https://github.com/hendrycks/natural-adv-examples (ImageNet-A)",
     ),
     "urbancars": Benchmark(
-        load=lambda root, config: urbancars(root),
+        load=lambda root, config: list_urbancars(root),
         tree="ROOT/bg-0.95_co_occur_obj-0.95/train/<group>/*.jpg and "
         "ROOT/bg-0.5_co_occur_obj-0.5/{val,test}/<group>/*.jpg, groups "
         "obj-{urban,country}_bg-{urban,country}_co_occur_obj-{urban,country}",

@@ -1,7 +1,8 @@
 """BAR, Biased Action Recognition (Nam et al. 2020): six actions, each at its usual place in train.
 
-`bar` is the set as published, without bias labels. `bar_rho` is our protocol for when groups are
-needed: it takes the published training images for aligned and the test images for conflicting.
+`list_bar` is the set as published, without bias labels. `list_bar_rho` is our protocol for when
+groups are needed: it takes the published training images for aligned and the test images for
+conflicting.
 """
 
 from collections import Counter
@@ -16,7 +17,7 @@ PUBLISHED = {"train": (326, 520, 163, 279, 336, 317), "test": (105, 159, 42, 131
 _TENTH = Fraction(1, 10)
 
 
-def bar(root: str | Path, *, validation_share: float = 0.1) -> Listing:
+def list_bar(root: str | Path, *, validation_share: float = 0.1) -> Listing:
     """List BAR as published: train, test, and a validation split held out of train.
 
     Class = the name's text before its last underscore. There is no official validation split;
@@ -29,7 +30,7 @@ def bar(root: str | Path, *, validation_share: float = 0.1) -> Listing:
     return Listing(name="bar", classes=CLASSES, entries=tuple(entries))
 
 
-def bar_rho(root: str | Path, *, rho: float = 0.95) -> Listing:
+def list_bar_rho(root: str | Path, *, rho: float = 0.95) -> Listing:
     """List BAR with bias labels, a share rho of the training images aligned.
 
     a: aligned 0 (published in train), conflicting 1 (published in test). Per class, each pool in
@@ -39,8 +40,8 @@ def bar_rho(root: str | Path, *, rho: float = 0.95) -> Listing:
     even.
 
     Raises:
-        ValueError: one line, as `bar`; and for a rho of 0 or less, more than 1, or so small that a
-            class has no conflicting image left to test.
+        ValueError: one line, as `list_bar`; and for a rho of 0 or less, more than 1, or so small
+            that a class has no conflicting image left to test.
     """
     if not 0 < rho <= 1:
         raise ValueError(f"rho is {rho}; bar-rho needs a share above 0, at most 1")

@@ -31,7 +31,7 @@ _NAME = re.compile(r".+_([01])_([01])")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)pct")
 
 
-def bffhq(root: str | Path, *, rho: float = 0.995) -> Listing:
+def list_bffhq(root: str | Path, *, rho: float = 0.995) -> Listing:
     """List BFFHQ: training images of one percentage of conflicting ones, valid and test.
 
     y: young 0, old 1, the second field of a file's name; a: the third; aligned iff equal. Where

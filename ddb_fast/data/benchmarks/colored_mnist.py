@@ -43,7 +43,7 @@ _RENDERED_AT_ONCE = 1000
 _BRIGHT_SHARE = 1 / 100
 
 
-def colored_mnist(
+def list_colored_mnist(
     folder: str | Path, *, rho: float = 0.98, validation_share: float = 0.1
 ) -> Listing:
     """Render Colored MNIST with a share rho of bias-aligned training images.

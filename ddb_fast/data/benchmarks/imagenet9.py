@@ -38,7 +38,7 @@ CLUSTERS = "texture_clusters.csv"
 _COLUMNS = ("cluster_1", "cluster_2", "cluster_3")
 
 
-def imagenet9(root: str | Path) -> Listing:
+def list_imagenet9(root: str | Path) -> Listing:
     """List the nine classes' folders of ImageNet and, where it lies, of ImageNet-A.
 
     ROOT/train and ROOT/val hold a folder per wnid, all 1000 or only the 42 of the nine classes; of

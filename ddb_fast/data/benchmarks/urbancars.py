@@ -27,7 +27,7 @@ PUBLISHED = {
 }
 
 
-def urbancars(root: str | Path) -> Listing:
+def list_urbancars(root: str | Path) -> Listing:
     """List UrbanCars: y = the car, a = 2 * background + object, each urban 0 or country 1.
 
     An image's labels are those of its folder; aligned iff both shortcuts equal y. LayoutError, one

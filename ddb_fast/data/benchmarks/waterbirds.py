@@ -22,7 +22,7 @@ _ABLATION_IMAGES = 2030
 _COLUMNS = ("img_id", "img_filename", "y", "split", "place", "place_filename")
 
 
-def waterbirds(root: str | Path, *, rho: float = OFFICIAL_RHO) -> Listing:
+def list_waterbirds(root: str | Path, *, rho: float = OFFICIAL_RHO) -> Listing:
     """List Waterbirds with its official splits (rho 0.95) or an ablation's training images.
 
     root: the folder of metadata.csv, or the one that holds it under its published name. y: landbird
