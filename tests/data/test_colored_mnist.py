@@ -13,7 +13,12 @@ import torch
 
 from ddb_fast import cli
 from ddb_fast.config import DataConfig
-from ddb_fast.data.benchmarks.colored_mnist import colours_of, list_colored_mnist, stroke_colour
+from ddb_fast.data.benchmarks.colored_mnist import (
+    colours_of,
+    list_colored_mnist,
+    recoloured,
+    stroke_colour,
+)
 from ddb_fast.data.sources import open_listing
 from ddb_fast.data.store import pad
 
@@ -212,3 +217,18 @@ def test_files_that_are_wrong(small, capsys):
 def test_shares_that_are_none(small, share):
     with pytest.raises(ValueError, match="a share in"):
         list_colored_mnist(small, **share)
+
+
+def test_digits_in_other_colours_keep_their_strokes(small):
+    listing = list_colored_mnist(small, rho=0.9, validation_share=0.2)
+    entries = [entry for entry in listing.entries if entry.split != "test"]
+    assert {entry.split for entry in entries} == {"train", "val"}
+    paths = [entry.path for entry in entries]
+    same = recoloured(small, paths, np.array([entry.a for entry in entries]))
+    shown = np.stack([entry.pixels for entry in entries]).astype(int)
+    # The same but for the noise, of deviation 0.005 in 255 levels.
+    assert np.abs(same.numpy().astype(int) - shown).max() <= 5 * 0.005 * 255 + 1
+    blue = recoloured(small, paths, np.full(len(paths), 6)).numpy()
+    strokes = np.random.default_rng(0).integers(0, 256, (200, 28, 28))
+    number = [int(path.split("/")[-1][:5]) for path in paths]
+    assert np.array_equal(blue[..., 2], np.rint(strokes[number] * np.float32(0.7587)))

@@ -1,0 +1,142 @@
+"""How long should each method train on Colored MNIST? Chosen on validation digits, here.
+
+    python benchmarks/epochs.py runs/validation --methods erm group-dro ddb-ii --out docs/epochs
+
+The run is a finished one of the preset colored-mnist with `--data.validation_share 0.1`. At every
+look a method is scored on the validation digits in colours drawn at random; neither they nor the
+rates (constant) depend on when training ends, so one training tells of all shorter ones. The test
+images take no part. Writes OUT.json and prints the table; a repeated call continues.
+"""
+
+import argparse
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from finished import open_run, read_rows, write_rows
+from torch import nn
+
+from ddb_fast.classification import Scores, first_network, logits_of, read_scores, train_classifier
+from ddb_fast.data.benchmarks.colored_mnist import recoloured
+from ddb_fast.data.store import Split
+from ddb_fast.engine import Selection, step_seed
+from ddb_fast.methods import build_method, identify_errors
+from ddb_fast.models.pair import NetworkPair
+
+
+def curve(context, method: str, scores: Scores, shown: Split, *, looks: int) -> list[dict]:
+    """A row a look of one method, accuracy on `shown` in each."""
+    config, train, seed = context.config.classifier, context.data.splits["train"], 0
+    conflicting = shown.a != shown.y
+    network = first_network(config, len(context.data.classes), seed=seed)
+
+    def figures(_: nn.Module) -> dict[str, float]:
+        logits = logits_of(network, shown.large, config, device=context.device, crop=True)
+        correct = (logits.argmax(1) == shown.y).double()
+        return {
+            "accuracy": correct.mean().item(),
+            "aligned_accuracy": correct[~conflicting].mean().item(),
+            "conflicting_accuracy": correct[conflicting].mean().item(),
+        }
+
+    trained = network
+    if method == "lff":
+        other = step_seed(seed, "lff", "biased")
+        biased = first_network(config, len(context.data.classes), seed=other)
+        trained = NetworkPair(biased=biased, debiased=network)
+    selection = Selection(figures, by="accuracy", times=looks)
+    with tempfile.TemporaryDirectory() as folder:
+        resume = Path(folder) / "checkpoint.safetensors"
+        if method == "jtt":
+            identify_errors(context, seed, Path(folder), resume)
+            resume.unlink(missing_ok=True)
+        recipe, sampler = build_method(context, method, seed, scores=scores, folder=Path(folder))
+        train_classifier(
+            context,
+            trained,
+            config,
+            train.large,
+            train.y,
+            recipe=recipe,
+            sampler=sampler,
+            stage=f"{method} seed {seed}",
+            seed=seed,
+            resume=resume,
+            selection=selection,
+        )
+    return [{"epochs": round(row["images"] / len(train), 1), **row} for row in selection.curve]
+
+
+def table(rows: list[dict]) -> str:
+    """Accuracy in percent: a row a method and variant, a column a number of epochs."""
+    epochs = sorted({row["epochs"] for row in rows})
+    lines = [
+        "| method | " + " | ".join(f"{e:g} epochs" for e in epochs) + " |",
+        "|---" * (1 + len(epochs)) + "|",
+    ]
+    for key in dict.fromkeys((row["method"], row["variant"]) for row in rows):
+        own = {r["epochs"]: r for r in rows if (r["method"], r["variant"]) == key}
+        cells = [f"{100 * own[e]['accuracy']:.1f}" if e in own else "" for e in epochs]
+        lines.append(f"| {' '.join(filter(None, key))} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a finished run with a validation split")
+    parser.add_argument("--out", type=Path, required=True, help="OUT.json")
+    parser.add_argument("--methods", nargs="+", required=True)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--looks", type=int, default=6)
+    parser.add_argument("--jtt", nargs=2, type=int, default=(2, 100), metavar=("EPOCHS", "TIMES"))
+    parser.add_argument("--plain", action="store_true", help="ddb-ii without average and maximum")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    rows = read_rows(arguments.out.with_suffix(".json"))
+    try:
+        context = open_run(arguments.run, Accelerator())
+        config, data = context.config, context.data
+        if data.name != "colored-mnist" or "val" not in data.splits:
+            raise ValueError(f"{arguments.run}: not Colored MNIST with a validation split")
+        val = data.splits["val"]
+        colours = np.random.default_rng(0).integers(0, 10, len(val))
+        images = recoloured(Path(config.data.path), val.paths, colours)
+        shown = replace(val, a=torch.from_numpy(colours), large=images)
+        scores = read_scores(arguments.run / "amplifier" / "scores.csv")
+        length = arguments.epochs * len(data.splits["train"])
+        first, times = arguments.jtt
+        rule = {"moving_average": None, "class_maximum": False} if arguments.plain else {
+            "moving_average": 0.7, "class_maximum": True}  # fmt: skip
+        config = replace(
+            config,
+            classifier=replace(config.classifier, images=length),
+            jtt=replace(config.jtt, first_share=min(1.0, first / arguments.epochs), upweight=times),
+            reweighting=replace(config.reweighting, **rule),
+        )
+        context = replace(context, config=config)
+        for method in arguments.methods:
+            variant = f"({first}, x{times})" if method == "jtt" else ""
+            if method == "ddb-ii":
+                variant = "plain" if arguments.plain else "with average and maximum"
+            key = (method, variant, arguments.epochs)
+            if any(key == (r["method"], r["variant"], r["of"]) for r in rows):
+                continue
+            found = curve(context, method, scores, shown, looks=arguments.looks)
+            told = {"method": method, "variant": variant, "of": arguments.epochs}
+            rows += [{**told, "rho": config.data.rho, **row} for row in found]
+            write_rows(arguments.out.with_suffix(".json"), rows)
+            print(*found, sep="\n", flush=True)
+    except ValueError as error:
+        print(f"epochs: {error}", file=sys.stderr)
+        return 2
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
