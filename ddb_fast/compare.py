@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 
 from ddb_fast.config import METHODS, DataConfig, RunConfig, flatten, from_json
 from ddb_fast.published import PUBLISHED, Row
-from ddb_fast.tabular import COLUMNS, caveats, markdown, percent, shown_metrics
+from ddb_fast.tabular import (
+    COLUMNS,
+    Table,
+    as_latex,
+    as_markdown,
+    caveats,
+    percent,
+    shown_metrics,
+)
 
 TAKES_RHO = ("digits", "colored-mnist", "waterbirds", "bffhq", "bar-rho")
 """Data sources whose training images depend on `data.rho`."""
@@ -137,14 +145,6 @@ def by_dataset(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 # --- tables ------------------------------------------------------------------------------------
-
-
-class Table(NamedTuple):
-    """Cells as text, the header first, and what has to be said with them."""
-
-    title: str
-    rows: list[list[str]]
-    notes: list[str]
 
 
 def _metrics(runs: Sequence[Run], asked: Sequence[str] | None) -> list[str]:
@@ -281,56 +281,7 @@ def _interval(group: dict[str, Any]) -> str:
     return f"{100 * mean:.1f} [{100 * group['low']:.1f}, {100 * group['high']:.1f}]"
 
 
-# --- formats -----------------------------------------------------------------------------------
-
-
-def as_markdown(tables: Iterable[Table]) -> str:
-    """Each table under its title, its notes below."""
-    parts = []
-    for title, rows, notes in tables:
-        # Two spaces end a line in Markdown.
-        parts.append(f"### {title}\n\n{markdown(rows)}\n\n" + "  \n".join(notes) + "\n")
-    return "\n".join(parts)
-
-
-_LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "±": r"$\pm$",
-        "|": r"\textbar{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        # In braces: at the start of a row a bracket would be the row's optional argument.
-        "[": "{[}",
-        "]": "{]}",
-        **{c: f"\\{c}" for c in "&%$#_{}"},
-    }
-)
-
-
-def as_latex(tables: Iterable[Table]) -> str:
-    """Each table as a plain `tabular` that needs no package, its notes as text below."""
-    parts = []
-    for title, rows, notes in tables:
-        lines = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in rows]
-        aligned = "l" + "r" * (len(rows[0]) - 1)
-        body = [r"\hline", lines[0], r"\hline", *lines[1:], r"\hline"]
-        text = [title.translate(_LATEX), *(note.translate(_LATEX) for note in notes)]
-        parts.append(
-            "\n".join(
-                [
-                    f"\\begin{{tabular}}{{{aligned}}}",
-                    *body,
-                    r"\end{tabular}",
-                    "",
-                    r"{\footnotesize " + ".\\par\n".join(text) + r".\par}",
-                    "",
-                ]
-            )
-        )
-    return "\n".join(parts)
+# --- figures as data -----------------------------------------------------------------------------
 
 
 def as_data(

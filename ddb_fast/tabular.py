@@ -1,7 +1,7 @@
 """Which metrics a table shows, under which headings, and how; standard library only."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 COLUMNS = {
     "average_accuracy": "average",
@@ -62,3 +62,60 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
+
+
+class Table(NamedTuple):
+    """Cells as text, the header first, and what has to be said with them."""
+
+    title: str
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def as_markdown(tables: Iterable[Table]) -> str:
+    """Each table under its title, its notes below."""
+    parts = []
+    for title, rows, notes in tables:
+        # Two spaces end a line in Markdown.
+        parts.append(f"### {title}\n\n{markdown(rows)}\n\n" + "  \n".join(notes) + "\n")
+    return "\n".join(parts)
+
+
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "|": r"\textbar{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        # In braces: at the start of a row a bracket would be the row's optional argument.
+        "[": "{[}",
+        "]": "{]}",
+        **{c: f"\\{c}" for c in "&%$#_{}"},
+    }
+)
+
+
+def as_latex(tables: Iterable[Table]) -> str:
+    """Each table as a plain `tabular` that needs no package, its notes as text below."""
+    parts = []
+    for title, rows, notes in tables:
+        lines = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in rows]
+        aligned = "l" + "r" * (len(rows[0]) - 1)
+        body = [r"\hline", lines[0], r"\hline", *lines[1:], r"\hline"]
+        text = [title.translate(_LATEX), *(note.translate(_LATEX) for note in notes)]
+        parts.append(
+            "\n".join(
+                [
+                    f"\\begin{{tabular}}{{{aligned}}}",
+                    *body,
+                    r"\end{tabular}",
+                    "",
+                    r"{\footnotesize " + ".\\par\n".join(text) + r".\par}",
+                    "",
+                ]
+            )
+        )
+    return "\n".join(parts)
