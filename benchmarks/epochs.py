@@ -13,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -28,9 +29,11 @@ from ddb_fast.methods import build_method, identify_errors
 from ddb_fast.models.pair import NetworkPair
 
 
-def curve(context, method: str, scores: Scores, shown: Split, *, looks: int) -> list[dict]:
+def curve(
+    context, method: str, seed: int, scores: Scores, shown: Split, *, looks: int
+) -> list[dict]:
     """A row a look of one method, accuracy on `shown` in each."""
-    config, train, seed = context.config.classifier, context.data.splits["train"], 0
+    config, train = context.config.classifier, context.data.splits["train"]
     conflicting = shown.a != shown.y
     network = first_network(config, len(context.data.classes), seed=seed)
 
@@ -72,15 +75,18 @@ def curve(context, method: str, scores: Scores, shown: Split, *, looks: int) -> 
 
 
 def table(rows: list[dict]) -> str:
-    """Accuracy in percent: a row a method and variant, a column a number of epochs."""
+    """Mean accuracy over seeds, %: a row a method and variant, a column a number of epochs."""
     epochs = sorted({row["epochs"] for row in rows})
     lines = [
         "| method | " + " | ".join(f"{e:g} epochs" for e in epochs) + " |",
         "|---" * (1 + len(epochs)) + "|",
     ]
     for key in dict.fromkeys((row["method"], row["variant"]) for row in rows):
-        own = {r["epochs"]: r for r in rows if (r["method"], r["variant"]) == key}
-        cells = [f"{100 * own[e]['accuracy']:.1f}" if e in own else "" for e in epochs]
+        own = {}
+        for row in rows:
+            if (row["method"], row["variant"]) == key:
+                own.setdefault(row["epochs"], []).append(row["accuracy"])
+        cells = [f"{100 * fmean(own[e]):.1f}" if e in own else "" for e in epochs]
         lines.append(f"| {' '.join(filter(None, key))} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -90,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a finished run with a validation split")
     parser.add_argument("--out", type=Path, required=True, help="OUT.json")
     parser.add_argument("--methods", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--looks", type=int, default=6)
     parser.add_argument("--jtt", nargs=2, type=int, default=(2, 100), metavar=("EPOCHS", "TIMES"))
@@ -123,14 +130,14 @@ def main(argv: list[str] | None = None) -> int:
             variant = f"({first}, x{times})" if method == "jtt" else ""
             if method == "ddb-ii":
                 variant = "plain" if arguments.plain else "with average and maximum"
-            key = (method, variant, arguments.epochs)
-            if any(key == (r["method"], r["variant"], r["of"]) for r in rows):
-                continue
-            found = curve(context, method, scores, shown, looks=arguments.looks)
-            told = {"method": method, "variant": variant, "of": arguments.epochs}
-            rows += [{**told, "rho": config.data.rho, **row} for row in found]
-            write_rows(arguments.out.with_suffix(".json"), rows)
-            print(*found, sep="\n", flush=True)
+            for seed in arguments.seeds:
+                told = {"method": method, "variant": variant, "of": arguments.epochs, "seed": seed}
+                if any(told.items() <= row.items() for row in rows):
+                    continue
+                found = curve(context, method, seed, scores, shown, looks=arguments.looks)
+                rows += [{**told, "rho": config.data.rho, **row} for row in found]
+                write_rows(arguments.out.with_suffix(".json"), rows)
+                print(method, variant, seed, *found, sep="\n", flush=True)
     except ValueError as error:
         print(f"epochs: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddb_fast.config import METHODS, DataConfig, RunConfig, flatten, from_json
+from ddb_fast.config import METHODS, DataConfig, RunConfig, flatten, from_json, stage_fields
 from ddb_fast.published import PUBLISHED, Row
 from ddb_fast.tabular import (
     COLUMNS,
@@ -27,6 +27,8 @@ TAKES_RHO = ("digits", "colored-mnist", "waterbirds", "bffhq", "bar-rho")
 """Data sources whose training images depend on `data.rho`."""
 FORMATS = ("markdown", "latex", "json")
 PUBLISHED_MARK = ", published"
+_FEW = 2
+"""Fields that a row's name may hold."""
 # Fields in which runs of one row may differ: rho is its columns, the others leave results as they
 # are or only say how many of them there are.
 _ASIDE = {
@@ -136,6 +138,28 @@ def blocks_of(runs: Sequence[Run]) -> list[Block]:
     ]
 
 
+def row_labels(blocks: Sequence[Block], method: str) -> list[str]:
+    """What tells each block's row of a method from the others, in fewest words.
+
+    Nothing where there is one block, else presets; else the fields that the method depends on and
+    that are not the same everywhere, if they are few; else the block's own label.
+    """
+    labels = [block.label for block in blocks]
+    configs = [next(iter(block.runs.values())).config for block in blocks]
+    if len(blocks) == 1 or _distinct([config.preset for config in configs]):
+        return labels
+    fields = [stage_fields(config, method) for config in configs]
+    names = [name for name in fields[0] if name not in _ASIDE]
+    differing = [name for name in names if len({str(f[name]) for f in fields}) > 1]
+    told = [", ".join(f"{name} {own[name]}" for name in differing) for own in fields]
+    shown = [
+        text
+        for text, block in zip(told, blocks, strict=True)
+        if any(method in run.results["methods"] for run in block.runs.values())
+    ]
+    return told if len(differing) <= _FEW and _distinct(shown) else labels
+
+
 def by_dataset(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """The runs of each data set, in the order given."""
     sets: dict[str, list[Run]] = {}
@@ -211,13 +235,13 @@ def tables_of(
             theirs.setdefault(row.method, []).append(row)
         marks: list[str] = []
         for method in METHODS:
-            for block in blocks:
+            for block, label in zip(blocks, row_labels(blocks, method), strict=True):
                 if any(method in run.results["methods"] for run in block.runs.values()):
                     cells = [
                         percent(block.runs[rho].metric(method, name)) if rho in block.runs else "-"
                         for name, rho in columns
                     ]
-                    rows.append([f"{method} ({block.label})" if block.label else method, *cells])
+                    rows.append([f"{method} ({label})" if label else method, *cells])
             rows += _published_rows(dataset, theirs.pop(method, []), columns, marks)
         for rest in theirs.values():
             rows += _published_rows(dataset, rest, columns, marks)

@@ -171,13 +171,34 @@ def test_runs_that_differ_otherwise_have_rows_of_their_own(tmp_path):
     longer = {"classifier__images": 96000}
     one = finished(tmp_path / "one", methods)
     two = finished(tmp_path / "two", methods, **longer)
-    assert list(cells(told(one, two))) == ["method", f"erm ({one})", f"erm ({two})"]
+    lengths = [f"erm (classifier.images {images})" for images in (48000, 96000)]
+    assert list(cells(told(one, two))) == ["method", *lengths]
     three = finished(tmp_path / "three", methods, preset="tiny", data__source="digits")
     assert list(cells(told(one, three))) == ["method", "erm (digits)", "erm (tiny)"]
     again = finished(tmp_path / "again", methods)
-    assert len(cells(told(one, again))) == 3, "a repetition is a row, not a cell overwritten"
+    repeated = list(cells(told(one, again)))
+    assert repeated == ["method", f"erm ({one})", f"erm ({again})"], "no cell is overwritten"
     elsewhere = finished(tmp_path / "elsewhere", methods, threads=1, data__rho=0.9)
     assert list(cells(told(one, elsewhere))) == ["method", "erm"]
+
+
+def test_rows_are_told_apart_by_the_fields_their_method_depends_on(tmp_path):
+    methods = {"erm": entry(average_accuracy=[0.5, 0.6]), "jtt": entry(average_accuracy=[0.6, 0.6])}
+    one = finished(tmp_path / "one", methods)
+    two = finished(tmp_path / "two", methods, classifier__images=64)
+    three = finished(tmp_path / "three", {"jtt": methods["jtt"]}, jtt__upweight=20)
+    rows = list(cells(told(one, two, three)))
+    assert rows == [
+        "method",
+        "erm (classifier.images 48000)",
+        "erm (classifier.images 64)",
+        "jtt (classifier.images 48000, jtt.upweight 100)",
+        "jtt (classifier.images 64, jtt.upweight 100)",
+        "jtt (classifier.images 48000, jtt.upweight 20)",
+    ]
+    # Too many differences for a name: the folders.
+    four = finished(tmp_path / "four", methods, classifier__lr=0.1, classifier__batch_size=8)
+    assert f"jtt ({four})" in cells(told(one, two, three, four))
 
 
 def test_each_data_set_has_its_table(tmp_path, two_rho):
@@ -239,7 +260,7 @@ def test_latex_is_one_plain_tabular_with_everything_escaped(tmp_path):
     assert text.count(r"\begin{tabular}{lr}") == 1 and text.count(r"\begin{tabular}{lrr}") == 2
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}")
     assert r"JTT, published {[}1{]} & 68.53 $\pm$ 3.29 \\" in text
-    assert r"under\_score" in text and r"100\%" in text
+    assert r"under\_score" in text and r"classifier.images 64" in text and r"100\%" in text
     bare = re.sub(r"\\[a-z]+\{\}|\\[a-z]+|\\[&%$#_{}]|\\\\|\$\\pm\$", "", text)
     assert not re.search(r"[%#_^~\\]", bare), re.findall(r".{9}[%#_^~\\].{9}", bare)
     assert bare.count("{") == bare.count("}") and bare.count("$") == 0
