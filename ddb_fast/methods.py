@@ -97,10 +97,12 @@ def build_method(
         and config.pseudo_labels.pseudo_groups == "predicted"
     ):
         ids, num_groups = predicted_groups(scores.predicted, train.y, classes), classes**2
-    else:
+    elif method in ("ddb-i", "ddb-i-error-set", "real-amplifier-i"):
         wrong = scores.predicted != train.y
         conflicting = wrong if method == "ddb-i-error-set" else scores.conflicting
         ids, num_groups = conflicting_groups(conflicting, train.y), 2 * classes
+    else:
+        raise ValueError(f"no loss and sampler make the method {method!r}")
     recipe = GroupDRO(
         ids,
         num_groups,
@@ -110,6 +112,17 @@ def build_method(
     return recipe, GroupBalancedSampler(ids, num_groups=num_groups, seed=seed)
 
 
+def first_networks(
+    config: ClassifierConfig, num_classes: int, method: str, seed: int
+) -> tuple[nn.Module, nn.Module]:
+    """A method's classifier before training, and what is trained: itself, or lff's pair with it."""
+    network = first_network(config, num_classes, seed=seed)
+    if method != "lff":
+        return network, network
+    biased = first_network(config, num_classes, seed=step_seed(seed, "lff", "biased"))
+    return network, NetworkPair(biased=biased, debiased=network)
+
+
 def train_method(
     context: Context, method: str, seed: int, folder: Path, resume: Path, scores: Scores | None
 ) -> float:
@@ -117,10 +130,7 @@ def train_method(
     config, data = context.config.classifier, context.data
     train, classes = data.splits["train"], len(data.classes)
     recipe, sampler = build_method(context, method, seed, scores=scores, folder=folder)
-    trained = network = first_network(config, classes, seed=seed)
-    if method == "lff":
-        other = first_network(config, classes, seed=step_seed(seed, "lff", "biased"))
-        trained = NetworkPair(biased=other, debiased=network)
+    network, trained = first_networks(config, classes, method, seed)
     selection = None
     if context.config.selection != "last":
 

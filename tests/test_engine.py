@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -201,6 +202,42 @@ def test_the_weights_of_the_best_look_are_kept(tmp_path):
     plain, *_ = train(tmp_path, "b")
     for name, tensor in plain.items():
         assert torch.equal(tensor, looks.seen[4][name]), "looking changes no step"
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """A process has one state of accelerate, whose precision the first Accelerator decides."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_looks_are_in_full_precision_as_results_are(tmp_path):
+    """Under bf16 autocast a look computes what the network does once training is over."""
+    torch.manual_seed(0)
+    x, network = torch.randn(32, 16), nn.Linear(16, 1)
+    seen = []
+
+    def score(looked_at):
+        seen.append(looked_at(x).detach())
+        return {"accuracy": 1.0}
+
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    fit(
+        accelerator,
+        network,
+        lambda model, index: model(x[index]).square().mean(),
+        config=Optimisation(images=32, batch_size=16, lr=0.1),
+        sampler=ShuffledSampler(32, seed=0),
+        stage="test",
+        seed=0,
+        log=RunLog(accelerator, None),
+        checkpoints=Checkpoints(path=tmp_path / "state.safetensors"),
+        selection=Selection(score, by="accuracy", times=1),
+        show_progress=False,
+    )
+    assert torch.equal(seen[0], network(x)), "the last look is of the last weights"
 
 
 def test_no_figure_at_all_keeps_the_last_weights(tmp_path):
