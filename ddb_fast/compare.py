@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddb_fast.config import METHODS, DataConfig, RunConfig, flatten, from_json, stage_fields
-from ddb_fast.published import PUBLISHED, Row
+from ddb_fast.published import PUBLISHED, Published, Row
 from ddb_fast.tabular import (
     COLUMNS,
     Table,
@@ -52,6 +52,12 @@ class Run:
     @property
     def dataset(self) -> str:
         return self.results["dataset"]
+
+    @property
+    def benchmark(self) -> Published | None:
+        """The published figures of its data set; None for one's own data of the same name."""
+        known = self.config.data.source == self.dataset
+        return PUBLISHED.get(self.dataset) if known else None
 
     @property
     def rho(self) -> float | None:
@@ -160,12 +166,12 @@ def row_labels(blocks: Sequence[Block], method: str) -> list[str]:
     return told if len(differing) <= _FEW and _distinct(shown) else labels
 
 
-def by_dataset(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each data set, in the order given."""
-    sets: dict[str, list[Run]] = {}
+def by_dataset(runs: Iterable[Run]) -> list[list[Run]]:
+    """The runs of each data set, in the order given; one's own `bar` is not the published one."""
+    sets: dict[tuple[str, bool], list[Run]] = {}
     for run in runs:
-        sets.setdefault(run.dataset, []).append(run)
-    return sets
+        sets.setdefault((run.dataset, run.config.data.source == run.dataset), []).append(run)
+    return list(sets.values())
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -216,6 +222,7 @@ def tables_of(
 ) -> list[Table]:
     """The tables of one data set's runs; ValueError for a metric that none of them has."""
     dataset, blocks = runs[0].dataset, blocks_of(runs)
+    benchmark = runs[0].benchmark if published else None
     chosen = _metrics(runs, metrics)
     rhos = sorted({run.rho for run in runs if run.rho is not None}, reverse=True) or [None]
     if len(rhos) == 1:
@@ -231,7 +238,7 @@ def tables_of(
     for title, columns, heads in groups:
         rows, notes = [["method", *heads]], _notes(runs, [name for name, _ in columns])
         theirs: dict[str | None, list[Row]] = {}
-        for row in PUBLISHED[dataset].rows if published and dataset in PUBLISHED else ():
+        for row in benchmark.rows if benchmark is not None else ():
             theirs.setdefault(row.method, []).append(row)
         marks: list[str] = []
         for method in METHODS:
@@ -242,11 +249,11 @@ def tables_of(
                         for name, rho in columns
                     ]
                     rows.append([f"{method} ({label})" if label else method, *cells])
-            rows += _published_rows(dataset, theirs.pop(method, []), columns, marks)
+            rows += _published_rows(benchmark, theirs.pop(method, []), columns, marks)
         for rest in theirs.values():
-            rows += _published_rows(dataset, rest, columns, marks)
+            rows += _published_rows(benchmark, rest, columns, marks)
         if any(PUBLISHED_MARK in row[0] for row in rows):
-            notes.append(f"published: {PUBLISHED[dataset].source}")
+            notes.append(f"published: {benchmark.source}")
         elif published:
             notes.append(f"published: nothing known to stand beside this table of {dataset}")
         notes += [f"[{i}] {text}" for i, text in enumerate(marks, 1)]
@@ -255,7 +262,7 @@ def tables_of(
 
 
 def _published_rows(
-    dataset: str,
+    benchmark: Published | None,
     published: Sequence[Row],
     columns: Sequence[tuple[str, float | None]],
     marks: list[str],
@@ -263,7 +270,7 @@ def _published_rows(
     """Those published rows that have a figure under our columns; their notes join `marks`."""
     rows = []
     for name, _, printed, note in published:
-        figures = dict(zip(PUBLISHED[dataset].columns, printed, strict=True))
+        figures = dict(zip(benchmark.columns, printed, strict=True))
         cells = [figures.get(column) or "-" for column in columns]
         if set(cells) == {"-"}:
             continue
@@ -316,7 +323,8 @@ def as_data(
     metrics: only these. Published entries have `published` true, no run and no groups.
     """
     entries = []
-    for dataset, members in by_dataset(runs).items():
+    for members in by_dataset(runs):
+        dataset, benchmark = members[0].dataset, members[0].benchmark
         blocks_of(members)  # refuses what cannot be compared
         chosen = _metrics(members, metrics) if metrics else None
         for run in members:
@@ -336,13 +344,15 @@ def as_data(
                         "groups": entry["groups"],
                     }
                 )
-        if published and dataset in PUBLISHED:
-            entries += _published_data(dataset, chosen)
+        if published and benchmark is not None:
+            entries += _published_data(dataset, benchmark, chosen)
     return {"format": 1, "results": entries}
 
 
-def _published_data(dataset: str, chosen: Sequence[str] | None) -> list[dict[str, Any]]:
-    source, columns, rows = PUBLISHED[dataset]
+def _published_data(
+    dataset: str, benchmark: Published, chosen: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    source, columns, rows = benchmark
     entries = []
     for row in rows:
         for rho in dict.fromkeys(rho for _, rho in columns):
@@ -351,6 +361,8 @@ def _published_data(dataset: str, chosen: Sequence[str] | None) -> list[dict[str
                 for (name, at), text in zip(columns, row.figures, strict=True)
                 if at == rho and text is not None and (not chosen or name in chosen)
             }
+            if not figures:
+                continue
             entries.append(
                 {
                     "dataset": dataset,
@@ -402,7 +414,7 @@ def compare(
     if format == "json":
         return json.dumps(as_data(runs, metrics=metrics, published=published), indent=2) + "\n"
     tables = []
-    for members in by_dataset(runs).values():
+    for members in by_dataset(runs):
         tables += tables_of(members, metrics=metrics, published=published)
         tables += group_tables(members) if groups else []
     return (as_latex if format == "latex" else as_markdown)(tables)

@@ -119,6 +119,19 @@ def test_an_unknown_preset(capsys, tmp_path):
     assert "digits" in refused(capsys, "tinny", "--out", tmp_path)
 
 
+@pytest.mark.parametrize("source", ["auto", "folder", "csv", "bar", "urbancars", "imagenet-9"])
+def test_a_rho_for_images_that_are_read_as_they_are(capsys, tmp_path, source):
+    command = ["tiny", "--data", photos(tmp_path / "photos"), "--data.source", source]
+    line = refused(capsys, *command, "--data.rho", "0.9", "--out", tmp_path / "out")
+    assert f"data.rho: images are read as they are (source {source}); rho is for digits" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rho_for_the_digits_preset_on_a_folder(capsys, tmp_path):
+    command = ["digits", "--data", photos(tmp_path / "photos"), "--data.rho", "0.9"]
+    assert "(source auto)" in refused(capsys, *command, "--out", tmp_path / "out")
+
+
 def test_true_groups_without_bias_labels(capsys, tmp_path):
     root = photos(tmp_path / "photos")
     command = ["tiny", "--data", root, "--out", tmp_path / "out", "--methods", "group-dro"]

@@ -142,6 +142,20 @@ def test_published_figures_of_a_set_without_any(tmp_path):
     assert "nothing known to stand beside" in told(run, published=True)
 
 
+def test_ones_own_folder_of_a_published_name_is_another_data_set(tmp_path):
+    methods = {"erm": entry(average_accuracy=[0.5, 0.6])}
+    change = {"preset": "tiny", "dataset": "bar"}
+    own = finished(tmp_path / "own", methods, data__source="auto", data__path="bar", **change)
+    text = told(own, published=True)
+    assert ", published" not in text and "nothing known" in text
+    assert not any(
+        e["published"] for e in json.loads(told(own, format="json", published=True))["results"]
+    )
+    theirs = finished(tmp_path / "theirs", methods, data__source="bar", **change)
+    both = told(own, theirs, published=True)
+    assert both.count("### bar") == 2 and both.count("ERM, published") == 1
+
+
 def test_published_figures_stand_under_their_rho_only(tmp_path):
     methods = {"erm": entry(worst_group_accuracy=[0.5, 0.6])}
     change = {"preset": "tiny", "data__source": "waterbirds", "dataset": "waterbirds"}

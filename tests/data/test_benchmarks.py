@@ -602,6 +602,12 @@ def test_the_command_shows_groups_and_checks_images_only_when_asked(capsys, tmp_
     assert "--data.corrupt skip" in line
 
 
+@pytest.mark.parametrize("source", ["auto", "folder", "csv", "bar", "urbancars", "imagenet-9"])
+def test_the_command_refuses_a_rho_for_images_that_are_read_as_they_are(capsys, tmp_path, source):
+    line = refused(capsys, tmp_path, source, "--rho", "0.9")
+    assert f"--rho: images are read as they are (source {source}); rho is for digits" in line
+
+
 def test_the_command_refuses_a_set_it_does_not_know(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         cli.main(["data", str(tmp_path), "--as", "celeba"])
