@@ -12,14 +12,12 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from finished import open_run, read_rows, write_rows
+from finished import open_run, read_rows, start, write_rows
 
 from ddb_fast.diffusion.generate import generate_batch, plan
 from ddb_fast.diffusion.schedule import make_schedule
 from ddb_fast.generator import load_diffusion
 from ddb_fast.metrics import wilson_interval
-from ddb_fast.train import choose_precision
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 
@@ -125,24 +123,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000, help="images a run and scale (1000)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    cuda = torch.cuda.is_available()
-    precision, _ = choose_precision("auto", exported=None, cuda=cuda)
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = start(arguments.threads)
     rows = read_rows(arguments.out.with_suffix(".json"))
     try:
         for run in arguments.runs:
             context = open_run(run, accelerator)
             for scale in arguments.scales:
-                key = (context.data.name, context.config.data.rho, scale, arguments.count)
-                if any(
-                    key == (r["dataset"], r["rho"], r["guidance_scale"], r["images"]) for r in rows
-                ):
+                told = {"run": run.name, "guidance_scale": scale, "images": arguments.count}
+                if any(told.items() <= row.items() for row in rows):
                     continue
-                rows.append(measure(context, run, scale=scale, count=arguments.count))
+                rows.append(told | measure(context, run, scale=scale, count=arguments.count))
                 write_rows(arguments.out.with_suffix(".json"), rows)
                 print(rows[-1], flush=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"amplification: {error}", file=sys.stderr)
         return 2
     arguments.out.with_suffix(".md").write_text(table(rows), "utf-8")

@@ -17,25 +17,26 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from finished import open_run, read_rows, write_rows
+from finished import open_run, read_rows, start, write_rows
 from torch import nn
 
-from ddb_fast.classification import Scores, first_network, logits_of, read_scores, train_classifier
+from ddb_fast.classification import Scores, logits_of, read_scores, train_classifier
 from ddb_fast.data.benchmarks.colored_mnist import recoloured
 from ddb_fast.data.store import Split
-from ddb_fast.engine import Selection, step_seed
-from ddb_fast.methods import build_method, identify_errors
-from ddb_fast.models.pair import NetworkPair
+from ddb_fast.engine import Selection
+from ddb_fast.methods import build_method, first_networks, identify_errors
+
+AMPLIFIED = ("ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii")
+METHODS = ("erm", "lff", "jtt", "group-dro", *AMPLIFIED)
 
 
 def curve(
-    context, method: str, seed: int, scores: Scores, shown: Split, *, looks: int
+    context, method: str, seed: int, scores: Scores | None, shown: Split, *, looks: int
 ) -> list[dict]:
     """A row a look of one method, accuracy on `shown` in each."""
     config, train = context.config.classifier, context.data.splits["train"]
     conflicting = shown.a != shown.y
-    network = first_network(config, len(context.data.classes), seed=seed)
+    network, trained = first_networks(config, len(context.data.classes), method, seed)
 
     def figures(_: nn.Module) -> dict[str, float]:
         logits = logits_of(network, shown.large, config, device=context.device, crop=True)
@@ -46,11 +47,6 @@ def curve(
             "conflicting_accuracy": correct[conflicting].mean().item(),
         }
 
-    trained = network
-    if method == "lff":
-        other = step_seed(seed, "lff", "biased")
-        biased = first_network(config, len(context.data.classes), seed=other)
-        trained = NetworkPair(biased=biased, debiased=network)
     selection = Selection(figures, by="accuracy", times=looks)
     with tempfile.TemporaryDirectory() as folder:
         resume = Path(folder) / "checkpoint.safetensors"
@@ -69,6 +65,7 @@ def curve(
             stage=f"{method} seed {seed}",
             seed=seed,
             resume=resume,
+            clipped=tuple(trained.children()) if method == "lff" else (),
             selection=selection,
         )
     return [{"epochs": round(row["images"] / len(train), 1), **row} for row in selection.curve]
@@ -95,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a finished run with a validation split")
     parser.add_argument("--out", type=Path, required=True, help="OUT.json")
-    parser.add_argument("--methods", nargs="+", required=True)
+    parser.add_argument("--methods", nargs="+", required=True, choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--looks", type=int, default=6)
@@ -103,10 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plain", action="store_true", help="ddb-ii without average and maximum")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
     rows = read_rows(arguments.out.with_suffix(".json"))
     try:
-        context = open_run(arguments.run, Accelerator())
+        context = open_run(arguments.run, start(arguments.threads))
         config, data = context.config, context.data
         if data.name != "colored-mnist" or "val" not in data.splits:
             raise ValueError(f"{arguments.run}: not Colored MNIST with a validation split")
@@ -114,7 +110,9 @@ def main(argv: list[str] | None = None) -> int:
         colours = np.random.default_rng(0).integers(0, 10, len(val))
         images = recoloured(Path(config.data.path), val.paths, colours)
         shown = replace(val, a=torch.from_numpy(colours), large=images)
-        scores = read_scores(arguments.run / "amplifier" / "scores.csv")
+        scores = None
+        if set(AMPLIFIED).intersection(arguments.methods):
+            scores = read_scores(arguments.run / "amplifier" / "scores.csv")
         length = arguments.epochs * len(data.splits["train"])
         first, times = arguments.jtt
         rule = {"moving_average": None, "class_maximum": False} if arguments.plain else {
@@ -131,14 +129,15 @@ def main(argv: list[str] | None = None) -> int:
             if method == "ddb-ii":
                 variant = "plain" if arguments.plain else "with average and maximum"
             for seed in arguments.seeds:
-                told = {"method": method, "variant": variant, "of": arguments.epochs, "seed": seed}
+                told = {"run": arguments.run.name, "method": method, "variant": variant}
+                told |= {"of": arguments.epochs, "looks": arguments.looks, "seed": seed}
                 if any(told.items() <= row.items() for row in rows):
                     continue
                 found = curve(context, method, seed, scores, shown, looks=arguments.looks)
                 rows += [{**told, "rho": config.data.rho, **row} for row in found]
                 write_rows(arguments.out.with_suffix(".json"), rows)
                 print(method, variant, seed, *found, sep="\n", flush=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"epochs: {error}", file=sys.stderr)
         return 2
     print(table(rows))

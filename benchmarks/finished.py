@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from ddb_fast.config import RunConfig, from_json
@@ -11,6 +12,15 @@ from ddb_fast.context import Context
 from ddb_fast.data.sources import open_listing
 from ddb_fast.data.store import open_images
 from ddb_fast.trackers import RunLog
+from ddb_fast.train import choose_precision
+
+
+def start(threads: int) -> Accelerator:
+    """An Accelerator in the precision that a run takes on this machine, with so many threads."""
+    torch.set_num_threads(threads)
+    cuda = torch.cuda.is_available()
+    precision, _ = choose_precision("auto", exported=None, cuda=cuda)
+    return Accelerator(mixed_precision=precision)
 
 
 def read_config(run: Path) -> RunConfig:
@@ -24,7 +34,8 @@ def read_config(run: Path) -> RunConfig:
 def open_run(run: Path, accelerator: Accelerator) -> Context:
     """What the stages of the run in this folder were given, its decoded images among it.
 
-    Nothing is written to the folder's files. ValueError if it is no run or its data has changed.
+    Only the cache of decoded images is written, where it is gone. ValueError if it is no run or its
+    data has changed.
     """
     config = replace(read_config(run), out=str(run), progress=False)
     listing = open_listing(config.data)

@@ -2,10 +2,10 @@
 
     python benchmarks/memorisation.py runs/cmnist-0.98 --out docs/memorisation
 
-The amplifier of a finished run is trained twice, on its synthetic images and on the real training
-images, same network and same steps; at every look it scores real training images, and AUROC,
-precision and recall of its pseudo labels are taken against the true groups. The true groups are
-shown, never used. Writes OUT.json and OUT.png.
+The amplifier's network of a finished run is trained twice, on the synthetic images and on the real
+training images, at a constant rate and for longer than the run's own. At every look it scores real
+training images, and AUROC, precision and recall of its pseudo labels are taken against the true
+groups, which are shown, never used. Writes OUT.json and OUT.png; a repeated call continues.
 """
 
 import argparse
@@ -15,8 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from finished import open_run, read_rows, write_rows
+from finished import open_run, read_rows, start, write_rows
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,7 +25,6 @@ from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.engine import Selection
 from ddb_fast.metrics import auroc, null, precision_recall
 from ddb_fast.recipes import ERM, pseudo_groups
-from ddb_fast.train import choose_precision
 
 
 def curve(context, source: str, *, images: int, looks: int, scored: int) -> list[dict]:
@@ -84,8 +82,8 @@ def curve(context, source: str, *, images: int, looks: int, scored: int) -> list
             selection=selection,
         )
     return [
-        {"dataset": data.name, "rho": context.config.data.rho, "trained_on": source,
-         "scored": len(chosen), **{name: null(value) for name, value in row.items()}}
+        {"dataset": data.name, "rho": context.config.data.rho,
+         **{name: null(value) for name, value in row.items()}}
         for row in selection.curve
     ]  # fmt: skip
 
@@ -118,25 +116,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scored", type=int, default=10_000, help="real images scored at a look")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    cuda = torch.cuda.is_available()
-    precision, _ = choose_precision("auto", exported=None, cuda=cuda)
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = start(arguments.threads)
     rows = read_rows(arguments.out.with_suffix(".json"))
     try:
         for run in arguments.runs:
             context = open_run(run, accelerator)
             for source in ("synthetic", "real"):
-                key = (context.data.name, context.config.data.rho, source)
-                if any(key == (r["dataset"], r["rho"], r["trained_on"]) for r in rows):
-                    continue
                 images = arguments.images or 4 * context.config.amplifier.images
-                rows += curve(
-                    context, source, images=images, looks=arguments.looks, scored=arguments.scored
-                )
+                options = {"looks": arguments.looks, "scored": arguments.scored}
+                told = {"run": run.name, "trained_on": source, "of": images, **options}
+                if any(told.items() <= row.items() for row in rows):
+                    continue
+                rows += [told | row for row in curve(context, source, images=images, **options)]
                 write_rows(arguments.out.with_suffix(".json"), rows)
                 print(*rows[-arguments.looks :: max(1, arguments.looks // 6)], sep="\n", flush=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"memorisation: {error}", file=sys.stderr)
         return 2
     plot(rows, arguments.out.with_suffix(".png"))

@@ -1,9 +1,12 @@
 """The studies behind the documentation's tables, on a short run: what they write, what it says."""
 
 import json
+import sys
 
 import amplification
+import epochs
 import memorisation
+import numpy as np
 import pytest
 import torch
 
@@ -55,9 +58,57 @@ def test_curves_of_both_amplifiers(run, tmp_path):
     assert [(row["trained_on"], row["images"]) for row in rows] == [
         (source, images) for source in ("synthetic", "real") for images in (640, 1280, 1920)
     ]
-    assert all(0 <= row["auroc"] <= 1 and row["scored"] == 1164 for row in rows)
+    assert all(0 <= row["auroc"] <= 1 and row["scored"] == 10_000 for row in rows)
     assert rows[0]["auroc"] != rows[3]["auroc"]
     assert out.with_suffix(".png").stat().st_size > 5000
+
+
+@pytest.fixture(scope="module")
+def colored_run(tmp_path_factory):
+    """A finished run on forty made-up images of each digit, a fifth of them for validation."""
+    folder = tmp_path_factory.mktemp("mnist")
+    labels = np.tile(np.arange(10), 40)
+    strokes = np.random.default_rng(0).integers(0, 256, (400, 28, 28))
+    for part in ("train", "t10k"):
+        for name, array in (("images-idx3", strokes), ("labels-idx1", labels)):
+            sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
+            content = bytes((0, 0, 8, array.ndim)) + sizes + array.astype(np.uint8).tobytes()
+            (folder / f"{part}-{name}-ubyte").write_bytes(content)
+    out = folder / "run"
+    words = ["colored-mnist", "--data", str(folder), "--out", str(out), "--methods", "erm"]
+    fields = {"data.validation_share": "0.2", "data.rho": "0.9", "classifier.images": "512"}
+    for name, value in {**fields, "threads": "1", "progress": "false", "seeds": "0"}.items():
+        words += [f"--{name}", value]
+    answer = small.run([sys.executable, "-m", "ddb_fast.cli", "run", *words])
+    assert answer.returncode == 0, answer.stderr
+    return out
+
+
+def test_epochs_of_each_method_on_recoloured_digits(colored_run, tmp_path, capsys):
+    out = tmp_path / "epochs"
+    methods = ["erm", "lff", "jtt", "group-dro"]
+    words = [str(colored_run), "--out", str(out), "--epochs", "4", "--looks", "2"]
+    words += ["--jtt", "1", "5", "--threads", "1", "--methods", *methods]
+    assert epochs.main([*words, "--seeds", "0", "1"]) == 0
+    rows = json.loads(out.with_suffix(".json").read_text())
+    assert len(rows) == len(methods) * 2 * 2 and {row["seed"] for row in rows} == {0, 1}
+    erm = [row["accuracy"] for row in rows if row["method"] == "erm" and row["epochs"] > 3]
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    (last,) = [line[-1] for line in lines if line[0] == "| erm"]
+    assert last.rstrip(" |") == f"{100 * sum(erm) / 2:.1f}"
+    # ERM's first epochs are those of a shorter training.
+    short = tmp_path / "short"
+    words[2], words[4], words[6] = str(short), "2", "1"
+    assert epochs.main([*words[:-3]]) == 0
+    (row,) = [r for r in json.loads(short.with_suffix(".json").read_text())]
+    same = next(r for r in rows if r["method"] == "erm" and r["images"] == row["images"])
+    assert row["accuracy"] == same["accuracy"]
+
+
+def test_epochs_need_a_validation_split(run, tmp_path, capsys):
+    words = [str(run), "--out", str(tmp_path / "out"), "--methods", "erm"]
+    assert epochs.main(words) == 2
+    assert "not Colored MNIST with a validation split" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("study", [amplification, memorisation])
