@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from ddb_fast.benchmark_presets import OF_THE_PAPER, colored_mnist
+from ddb_fast.benchmark_presets import OF_THE_PAPER, colored_mnist, small_generator
 from ddb_fast.config import (
     ClassifierConfig,
     DataConfig,
@@ -159,30 +159,7 @@ def _digits() -> RunConfig:
         preset="digits",
         out="runs/digits",
         data=DataConfig(source="digits", cache_size=16),
-        diffusion=DiffusionConfig(
-            image_size=16,
-            unet=UNetConfig(
-                channels=16,
-                channel_multipliers=(1, 2, 4),
-                blocks_per_level=1,
-                dropout=0.0,
-                norm_groups=8,
-                attention_levels=(2,),
-                attention_up=False,
-                head_channels=None,
-                embedding=128,
-                time_table=False,
-                resample="conv",
-            ),
-            images=48_000,
-            batch_size=64,
-            lr=2e-3,
-            warmup=0.02,
-            grad_clip=1.0,
-            schedule="cosine",
-            target="v",
-            ema_half_life=5_000,
-        ),
+        diffusion=small_generator(image_size=16, images=48_000),
         sampling=SamplingConfig(per_class=100),
         amplifier=ClassifierConfig(
             model="cnn",

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import small
 from ddb_fast.classification import load_classifier
-from ddb_fast.config import METHODS
+from ddb_fast.config import METHODS, from_json
+from ddb_fast.methods import first_networks
 from ddb_fast.train import main
 
 THREE_STEPS = {
@@ -173,7 +174,7 @@ def test_jtt_shows_the_errors_of_its_first_network_more_often(labelled, tmp_path
 
 
 def test_lff_starts_the_kept_network_where_erm_starts(labelled, tmp_path):
-    """At rate zero the debiased network is erm's first one, the biased another, unsaved."""
+    """At rate zero the debiased network is erm's first one; the biased is another, and unsaved."""
     assert run(labelled, tmp_path, methods="erm lff", classifier__lr="0") == 0
     erm, lff = (
         load_file(tmp_path / "classifiers" / method / "seed0" / "model.safetensors")
@@ -181,6 +182,10 @@ def test_lff_starts_the_kept_network_where_erm_starts(labelled, tmp_path):
     )
     assert erm.keys() == lff.keys()
     assert all(torch.equal(erm[name], tensor) for name, tensor in lff.items())
+    config = from_json((tmp_path / "config.json").read_text()).classifier
+    _, pair = first_networks(config, 2, "lff", 0)
+    assert torch.equal(pair.debiased.fc.weight.detach(), erm["fc.weight"])
+    assert not torch.equal(pair.biased.fc.weight, pair.debiased.fc.weight)
 
 
 BASELINES = "erm lff jtt dfr real-amplifier-i real-amplifier-ii"

@@ -51,7 +51,8 @@ def reweighted_last_layer(
     int64, the group of each image. A function of its arguments. ValueError for other shapes, fewer
     than two classes, a class without images, or no strength or draw.
     Source: Kirichenko et al. 2023, "Last Layer Re-Training is Sufficient for Robustness to Spurious
-    Correlations", DFR on validation data, and its authors' code, which halves all images at once.
+    Correlations", DFR on validation data, and its authors' code, which halves all images at once
+    and standardises by statistics of the training images.
     """
     _check(features, y, groups, num_classes)
     if not inverse_strengths or min(inverse_strengths) <= 0 or draws < 1:

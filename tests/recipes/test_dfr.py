@@ -59,6 +59,11 @@ def test_two_class_logits_have_the_regressions_probability():
     features, y, groups = planted([[6, 6], [6, 6]])
     layer = reweighted_last_layer(features, y, groups, 2, inverse_strengths=[1.0], draws=1)
     assert not layer.weight[0].any() and layer.bias[0] == 0
+    regression = LogisticRegression(**L1, C=1.0, solver="liblinear", tol=1e-8, max_iter=10_000)
+    theirs = make_pipeline(StandardScaler(), regression).fit(features.double().numpy(), y.numpy())
+    logits = features.double() @ layer.weight.double().T + layer.bias.double()
+    expected = torch.from_numpy(theirs.predict_proba(features.double().numpy()))
+    torch.testing.assert_close(logits.softmax(1), expected, rtol=0, atol=2e-3)
 
 
 def test_the_shortcut_is_forgotten():
