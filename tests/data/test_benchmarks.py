@@ -417,7 +417,9 @@ def test_imagenet_9_without_imagenet_a(tmp_path, caplog):
     write(root, ["train/n01440764/tench.JPEG", "val/n01440764/tench.JPEG"])
     with caplog.at_level(logging.INFO):
         listing = listed(root, "imagenet-9")
+    assert listing.name == "imagenet-9"
     assert listing.classes == tuple(WNIDS) and listing.biases is None
+    assert listing.name == "imagenet-9 tested on val", "no row beside ImageNet-A's figures"
     assert Counter(listing.split) == {"train": 84, "test": 84}
     assert not [path for path in listing.paths if "n01440764" in path]
     assert {

@@ -69,7 +69,9 @@ def list_imagenet9(root: str | Path) -> Listing:
         entries += _entries(root, "imagenet-a", "test", all_wnids=False)
     else:
         logger.info("imagenet-9: no imagenet-a/, so val/ is the test split and nothing validates")
-    return Listing(name="imagenet-9", classes=CLASSES, entries=tuple(entries))
+    # Published figures are of ImageNet-A: another test split has another name in every table.
+    name = "imagenet-9" if adversarial else "imagenet-9 tested on val"
+    return Listing(name=name, classes=CLASSES, entries=tuple(entries))
 
 
 def _entries(root: Path, folder: str, split: str, *, all_wnids: bool = True) -> list[Entry]:
