@@ -24,9 +24,11 @@ def run(argv: Sequence[str]) -> int:
 
 
 def compare_runs(argv: Sequence[str]) -> int:
+    from ddb_fast.compare import FORMATS, compare, read_run
+
     parser = OneLineParser(prog="ddb-fast compare", description=COMMANDS["compare"])
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of finished runs")
-    parser.add_argument("--format", choices=("markdown", "latex", "json"), default="markdown")
+    parser.add_argument("--format", choices=FORMATS, default="markdown")
     parser.add_argument(
         "--metric", metavar="NAME", nargs="+", help="only these, named as in results.json"
     )
@@ -37,9 +39,6 @@ def compare_runs(argv: Sequence[str]) -> int:
         "--groups", action="store_true", help="also each group's size, accuracy and 95 %% interval"
     )
     arguments = parser.parse_args(argv)
-
-    from ddb_fast.compare import compare, read_run
-
     text = compare(
         [read_run(path) for path in arguments.runs],
         format=arguments.format,
