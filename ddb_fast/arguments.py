@@ -12,7 +12,7 @@ import typing
 from collections.abc import Collection, Sequence
 
 from ddb_fast import config as config_module
-from ddb_fast.config import RunConfig, flatten, with_fields
+from ddb_fast.config import TAKES_RHO, RunConfig, flatten, with_fields
 from ddb_fast.presets import PRESETS, load_config
 
 SHORT = {
@@ -106,9 +106,20 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
         if "data.source" in given or "data.path" not in given:
             raise ValueError("data.source digits is embedded and takes no data.path")
         config = with_fields(config, {"data.source": "auto"})
+    if "data.rho" in given:
+        check_takes_rho(config.data.source, "data.rho")
     if config.data.path is None and config.data.source != "digits" and not arguments.dry_run:
         raise ValueError(f"preset {config.preset}: say which images with --data PATH")
     return config
+
+
+def check_takes_rho(source: str, option: str) -> None:
+    """Refuse with ValueError an option that gives a rho to a source which takes none."""
+    if source not in TAKES_RHO:
+        raise ValueError(
+            f"{option}: images are read as they are (source {source}); rho is for "
+            f"{', '.join(TAKES_RHO)}"
+        )
 
 
 def parse_run(argv: Sequence[str], *, prog: str) -> tuple[RunConfig, bool]:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ddb_fast.arguments import OneLineParser
+from ddb_fast.arguments import OneLineParser, check_takes_rho
 
 COMMANDS = {
     "run": "all stages on a preset's or your images; the same command again resumes",
@@ -82,6 +82,7 @@ def show_data(argv: Sequence[str]) -> int:
     if arguments.path == "digits" and arguments.source == "auto":
         place = {"source": "digits"}
     if arguments.rho is not None:
+        check_takes_rho(place["source"], "--rho")
         place["rho"] = arguments.rho
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     listing = open_listing(DataConfig(**place))

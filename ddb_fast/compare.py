@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddb_fast.config import METHODS, DataConfig, RunConfig, flatten, from_json, stage_fields
+from ddb_fast.config import (
+    METHODS,
+    TAKES_RHO,
+    DataConfig,
+    RunConfig,
+    flatten,
+    from_json,
+    stage_fields,
+)
 from ddb_fast.published import PUBLISHED, Published, Row
 from ddb_fast.tabular import (
     COLUMNS,
@@ -23,8 +31,6 @@ from ddb_fast.tabular import (
     shown_metrics,
 )
 
-TAKES_RHO = ("digits", "colored-mnist", "waterbirds", "bffhq", "bar-rho")
-"""Data sources whose training images depend on `data.rho`."""
 FORMATS = ("markdown", "latex", "json")
 PUBLISHED_MARK = ", published"
 _FEW = 2

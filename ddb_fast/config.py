@@ -43,6 +43,9 @@ METHODS = (
     "real-amplifier-i", "real-amplifier-ii",
 )  # fmt: skip
 
+TAKES_RHO = ("digits", "colored-mnist", "waterbirds", "bffhq", "bar-rho")
+"""Data sources whose training images depend on `data.rho`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -62,8 +65,8 @@ class DataConfig:
     """Side in pixels of the classifier's decoded copy: shorter side resized to it, centre crop."""
     rho: float = 0.95
     """Share of bias-aligned training images where there is a choice: digits, colored-mnist and
-    bar-rho any; waterbirds 0.95 (the official split), 0.9, 0.8, 0.7, 0.6; bffhq only to choose from
-    several `<percent>pct` folders. Other sources do not look at it."""
+    bar-rho any; waterbirds 0.95 (the official split), 0.9, 0.8, 0.7, 0.6; bffhq that of
+    its `<percent>pct` folder, 0.995 for 0.5pct. Other sources take none."""
     validation_share: float = 0.1
     """Share of the training images held out where the data names no validation split: folder, csv,
     bar, colored-mnist (published without one: 0). Other sources do not look at it."""
