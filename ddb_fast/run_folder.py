@@ -96,6 +96,10 @@ class RunFolder:
             except BlockingIOError:
                 raise ValueError(f"{self.path}: another process is running here") from None
             self._write()
+
+    def record(self) -> None:
+        """Write the configuration, once nothing is left that could refuse it."""
+        if self._writes:
             write_atomically(self.path / "config.json", to_json(self._config))
 
     def close(self) -> None:

@@ -103,6 +103,18 @@ def test_a_table_with_bias_labels_takes_true_groups_and_then_grows(two_digits, t
     assert third["amplifier"] == second["amplifier"]
 
 
+def test_a_refused_method_leaves_a_finished_run_as_it_was(two_digits, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["tiny", "--data", two_digits, "--out", out]
+    assert run(*command, methods="erm") == 0
+    before = (out / "config.json").read_text()
+    assert run(*command, methods="erm group-dro") == 2
+    assert "needs bias labels" in capsys.readouterr().err
+    assert (out / "config.json").read_text() == before
+    assert cli.main(["compare", str(out)]) == 0
+    assert "| erm " in capsys.readouterr().out
+
+
 def test_synthetic_images_of_ones_own_replace_the_generator(two_digits, tmp_path):
     own = tmp_path / "own"
     for label, value in (("0", 40), ("1", 200)):
