@@ -53,6 +53,8 @@ AMPLIFIED = frozenset({"ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii"})
 """Methods that need the amplifier trained on synthetic images."""
 CONTROLS = frozenset({"real-amplifier-i", "real-amplifier-ii"})
 """Methods that need the amplifier trained on the real images."""
+_FEW = 10
+"""A validation group of fewer images is warned of, where something is chosen by groups."""
 
 
 def device_name(accelerator: Accelerator) -> str:
@@ -112,6 +114,34 @@ def check_labels(config: RunConfig, data: ImageData) -> None:
             raise ValueError(
                 f"method dfr needs a validation split with every class: none of {absent[0]}"
             )
+    _check_validation_groups(config, data)
+
+
+def _check_validation_groups(config: RunConfig, data: ImageData) -> None:
+    """Refuse with ValueError what chooses by groups where validation lacks one side of the bias.
+
+    A warning names the smallest validation group of those in training, where it is small.
+    """
+    choosing = []
+    if config.selection in ("unbiased_accuracy", "worst_group_accuracy"):
+        choosing.append((f"selection {config.selection}", "use last"))
+    if "dfr" in config.methods:
+        choosing.append(("method dfr", "leave it out"))
+    for what, instead in choosing:
+        groups, trained = data.groups("val"), data.groups("train").counts > 0
+        for aligned, lacking in ((True, "aligned"), (False, "conflicting")):
+            if not (groups.bias_aligned == aligned).any():
+                raise ValueError(
+                    f"{what} needs bias-aligned and bias-conflicting images in the validation "
+                    f"split: none of its {len(groups)} is {lacking}; {instead}"
+                )
+        size, group = min((groups.counts[g].item(), g) for g in trained.nonzero()[:, 0].tolist())
+        if size < _FEW:
+            noun = "image" if size == 1 else "images"
+            logger.warning(
+                "%s rests on small groups of the validation split: %s has %d %s",
+                what, groups.names[group], size, noun,
+            )  # fmt: skip
 
 
 def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -> dict[str, Any]:
@@ -193,6 +223,7 @@ def _run_stages(
     context = Context(config=config, accelerator=accelerator, data=data, log=log)
     logger.info("%s", describe(data))
     check_labels(config, data)
+    folder.record()
 
     scores: Scores | None = None
     if AMPLIFIED.intersection(config.methods):
