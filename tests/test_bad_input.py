@@ -14,7 +14,11 @@ from PIL import Image
 from torch import nn
 
 import small
+from ddb_fast.config import with_fields
 from ddb_fast.data.samplers import ShuffledSampler
+from ddb_fast.data.store import ImageData, Split
+from ddb_fast.pipeline import check_labels
+from ddb_fast.presets import PRESETS
 from ddb_fast.train import main
 
 WORDS = "--diffusion.images 64 --amplifier.images 64 --classifier.images 64 --progress false"
@@ -136,6 +140,55 @@ def test_true_groups_without_bias_labels(capsys, tmp_path):
     root = photos(tmp_path / "photos")
     command = ["tiny", "--data", root, "--out", tmp_path / "out", "--methods", "group-dro"]
     assert "column `a`" in refused(capsys, *command)
+
+
+def with_groups(train, val):
+    """Decoded data of two classes and biases; images of each group 2 * y + a in the splits."""
+    splits = {}
+    for name, counts in (("train", train), ("val", val)):
+        ids = torch.arange(4).repeat_interleave(torch.tensor(counts))
+        pixels = torch.zeros((len(ids), 2, 2, 3), dtype=torch.uint8)
+        paths = tuple(f"{name}{i}.png" for i in range(len(ids)))
+        splits[name] = Split(paths=paths, y=ids // 2, a=ids % 2, small=pixels, large=pixels)
+    return ImageData(
+        name="faces",
+        classes=("young", "old"),
+        biases=("female", "male"),
+        splits=splits,
+        fingerprint="",
+    )
+
+
+NEEDS_GROUPS = [
+    ({"selection": "worst_group_accuracy"}, "selection worst_group_accuracy"),
+    ({"selection": "unbiased_accuracy"}, "selection unbiased_accuracy"),
+    ({"methods": "erm dfr"}, "method dfr"),
+]
+
+
+@pytest.mark.parametrize(("fields", "what"), NEEDS_GROUPS)
+def test_a_validation_split_without_aligned_or_conflicting_images(fields, what):
+    config = with_fields(PRESETS["tiny"](), fields)
+    for val, lacking in (((20, 0, 0, 20), "conflicting"), ((0, 20, 20, 0), "aligned")):
+        with pytest.raises(ValueError, match=f"^{what} needs .* validation split.* {lacking}") as e:
+            check_labels(config, with_groups((30, 2, 2, 30), val))
+        assert "\n" not in str(e.value)
+    for aside in ({"selection": "average_accuracy"}, {"methods": "erm"}):
+        check_labels(
+            with_fields(PRESETS["tiny"](), aside), with_groups((30, 2, 2, 30), (20, 0, 0, 20))
+        )
+
+
+@pytest.mark.parametrize(("fields", "what"), NEEDS_GROUPS)
+def test_a_small_validation_group_is_named(caplog, fields, what):
+    config = with_fields(PRESETS["tiny"](), fields)
+    check_labels(config, with_groups((30, 2, 2, 30), (20, 10, 10, 20)))
+    check_labels(config, with_groups((30, 0, 2, 30), (20, 0, 10, 20)))
+    assert not caplog.records, "ten are enough, and a group that training lacks is none"
+    check_labels(config, with_groups((30, 2, 2, 30), (20, 1, 9, 20)))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.getMessage().startswith(what)
+    assert "y=young a=male has 1 image" in record.getMessage()
 
 
 def test_an_output_folder_with_somebody_elses_files(capsys, tmp_path):
