@@ -58,11 +58,13 @@ def sweep(argv: Sequence[str]) -> int:
 
 def show_data(argv: Sequence[str]) -> int:
     import logging
+    from dataclasses import replace
 
     from ddb_fast.config import DataConfig
     from ddb_fast.data.benchmarks import BENCHMARKS
     from ddb_fast.data.sources import describe, open_listing
     from ddb_fast.data.store import broken_images
+    from ddb_fast.presets import PRESETS
 
     parser = OneLineParser(prog="ddb-fast data", description=COMMANDS["data"])
     parser.add_argument("path", help="an image folder or a CSV; `digits` for the embedded set")
@@ -78,14 +80,17 @@ def show_data(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_args(argv)
 
-    place = {"source": arguments.source, "path": arguments.path}
-    if arguments.path == "digits" and arguments.source == "auto":
-        place = {"source": "digits"}
+    source, path = arguments.source, arguments.path
+    if path == "digits" and source == "auto":
+        source, path = "digits", None
+    # A set's preset has its own rho and held-out share, which a run of it reads with.
+    config = PRESETS[source]().data if source in PRESETS else DataConfig(source=source)
+    config = replace(config, path=path)
     if arguments.rho is not None:
-        check_takes_rho(place["source"], "--rho")
-        place["rho"] = arguments.rho
+        check_takes_rho(source, "--rho")
+        config = replace(config, rho=arguments.rho)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    listing = open_listing(DataConfig(**place))
+    listing = open_listing(config)
     print(describe(listing), flush=True)
     if arguments.check:
         broken = broken_images(listing)

@@ -610,6 +610,17 @@ def test_the_command_refuses_a_rho_for_images_that_are_read_as_they_are(capsys, 
     assert f"--rho: images are read as they are (source {source}); rho is for digits" in line
 
 
+def test_the_command_reads_what_a_run_of_the_preset_reads(capsys, tmp_path):
+    assert cli.main(["data", str(bar(tmp_path, (10,) * 6, (10,) * 6)), "--as", "bar"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["all", "60", "0", "60"] in rows, "the preset holds nothing out"
+    faces = bffhq(tmp_path / "faces")
+    bffhq(faces, (("align", 3), ("conflict", 1)), percent="2pct")
+    for words, aligned in (((), 4), (("--rho", "0.98"), 3)):
+        assert cli.main(["data", str(faces), "--as", "bffhq", *words]) == 0
+        assert f"young, female{aligned:>9}" in capsys.readouterr().out
+
+
 def test_the_command_refuses_a_set_it_does_not_know(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         cli.main(["data", str(tmp_path), "--as", "celeba"])
