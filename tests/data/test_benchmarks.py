@@ -227,7 +227,7 @@ def bffhq(root, train=(("align", 4), ("conflict", 1)), valid=2, test=2, percent=
 
 def test_bffhq_as_published(tmp_path, caplog):
     root = bffhq(tmp_path, (("align", 9552), ("conflict", 48)), 500, 250)
-    listing = listed(root, "bffhq")
+    listing = listed(root, "bffhq", rho=0.995)
     assert (listing.classes, listing.biases) == (("young", "old"), ("female", "male"))
     assert groups(listing, "train") == {(0, 0): 9552, (1, 1): 9552, (0, 1): 48, (1, 0): 48}
     assert groups(listing, "val") == {(0, 0): 500, (1, 1): 500}
@@ -238,14 +238,16 @@ def test_bffhq_as_published(tmp_path, caplog):
 
 
 def test_bffhq_of_another_size_loads_with_a_warning(tmp_path, caplog):
-    listed(bffhq(tmp_path), "bffhq")
+    listed(bffhq(tmp_path), "bffhq", rho=0.995)
     (line,) = warned(caplog)
     assert "train aligned 8, not 19104" in line and "train conflicting 2, not 96" in line
 
 
-def test_bffhq_takes_the_only_percentage_and_of_several_the_one_of_rho(tmp_path, capsys, caplog):
+def test_bffhq_takes_the_percentage_of_rho(tmp_path, capsys, caplog):
     bffhq(tmp_path, (("align", 3), ("conflict", 1)), percent="2pct")
-    assert groups(listed(tmp_path, "bffhq", rho=0.95), "train")[0, 0] == 3
+    assert groups(listed(tmp_path, "bffhq", rho=0.98), "train")[0, 0] == 3
+    with pytest.raises(ValueError, match=r"that of rho 0\.95; pass rho 0\.98 for 2pct/$"):
+        listed(tmp_path, "bffhq")
     assert not warned(caplog), "published counts are known of 0.5pct only"
     bffhq(tmp_path)
     with caplog.at_level(logging.INFO):
@@ -259,7 +261,7 @@ def test_bffhq_takes_the_only_percentage_and_of_several_the_one_of_rho(tmp_path,
 def test_bffhq_believes_names_more_than_folders(tmp_path, caplog):
     root = bffhq(tmp_path)
     write(root, ["0.5pct/align/0/77_1_0.png"])
-    assert groups(listed(root, "bffhq"), "train")[1, 0] == 2
+    assert groups(listed(root, "bffhq", rho=0.995), "train")[1, 0] == 2
     assert "1 training images lie in a folder that their names contradict" in caplog.text
 
 

@@ -34,14 +34,14 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?)pct")
 def list_bffhq(root: str | Path, *, rho: float = 0.995) -> Listing:
     """List BFFHQ: training images of one percentage of conflicting ones, valid and test.
 
-    y: young 0, old 1, the second field of a file's name; a: the third; aligned iff equal. Where
-    only one `<percent>pct` folder lies, it is read whatever rho is; of several that of 100 (1 -
-    rho) percent, and the log says so. Names count, not folders: a warning says how many training
-    images lie in a folder of another class or alignment.
+    y: young 0, old 1, the second field of a file's name; a: the third; aligned iff equal. The
+    training images are those of the `<percent>pct` folder of 100 (1 - rho) percent; where there are
+    others, the log says so. Names count, not folders: a warning says how many training images lie
+    in a folder of another class or alignment.
 
     Raises:
         ValueError: one line, for folders that lack or do not belong there and names that are not
-            `<id>_<age>_<gender>` (LayoutError), and for a rho that is none of several folders.
+            `<id>_<age>_<gender>` (LayoutError), and for a rho that no folder has.
     """
     root = Path(root)
     train = _percentage(root, rho)
@@ -81,13 +81,13 @@ def _percentage(root: Path, rho: float) -> Path:
             found[1 - Fraction(match[1]) / 100] = folder
     if not found:
         raise LayoutError(f"{root}: no folder 0.5pct/")
-    if len(found) == 1:
-        return next(iter(found.values()))
     wanted = Fraction(str(rho))
     if wanted not in found:
-        choices = ", ".join(f"{float(share)} for {p.name}/" for share, p in found.items())
-        raise ValueError(f"{root}: several percentages and rho {rho} is none of them: {choices}")
-    logger.info("bffhq: %d percentages there, rho %s takes %s", len(found), rho, found[wanted].name)
+        choices = " or ".join(f"{float(share)} for {p.name}/" for share, p in found.items())
+        raise ValueError(f"{root}: no percentage there is that of rho {rho}; pass rho {choices}")
+    if len(found) > 1:
+        name = found[wanted].name
+        logger.info("bffhq: %d percentages there, rho %s takes %s", len(found), rho, name)
     return found[wanted]
 
 
