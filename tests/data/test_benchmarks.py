@@ -503,7 +503,10 @@ KINDS = ("urban", "country")
 
 
 def urbancars(root, both=6, one=2, none=1, evaluated=1):
-    """Images of a class in train: with both shortcuts, with one of them, without; in each cell."""
+    """Images of a class in train: with both shortcuts, with one of them, without; in each cell.
+
+    Beside each image lie, as published, the masks of the car and of the object.
+    """
     paths = []
     for y, bg, obj in product(range(2), repeat=3):
         group = f"obj-{KINDS[y]}_bg-{KINDS[bg]}_co_occur_obj-{KINDS[obj]}"
@@ -512,11 +515,16 @@ def urbancars(root, both=6, one=2, none=1, evaluated=1):
         for split in ("val", "test"):
             name = f"bg-0.5_co_occur_obj-0.5/{split}/{group}"
             paths += [f"{name}/{i:03d}.jpg" for i in range(evaluated)]
-    return write(root, paths)
+    ends = ("_mask.png", "_co_occur_obj_mask.png")
+    return write(root, paths + [p.replace(".jpg", end) for p in paths for end in ends])
 
 
 def test_urbancars_as_published(tmp_path, caplog):
-    listing = listed(urbancars(tmp_path, 3610, 190, 10, 125), "urbancars")
+    root = urbancars(tmp_path, 3610, 190, 10, 125)
+    with caplog.at_level(logging.INFO):
+        listing = listed(root, "urbancars")
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "20000 other files ignored, first 000_co_occur_obj_mask.png" in line
     assert listing.classes == KINDS and listing.factors == (("background", 2), ("co_object", 2))
     assert listing.biases[1] == "bg urban, object country" and listing.aligned_bias == (0, 3)
     assert Counter(listing.split) == {"train": 8000, "val": 1000, "test": 1000}
@@ -528,6 +536,15 @@ def test_urbancars_as_published(tmp_path, caplog):
         assert name.startswith(f"obj-{KINDS[entry.y]}_bg-{KINDS[entry.a // 2]}_")
         assert name.endswith(f"_co_occur_obj-{KINDS[entry.a % 2]}")
     assert not warned(caplog)
+
+
+def test_urbancars_reads_no_mask_whatever_its_extension(tmp_path):
+    root = urbancars(tmp_path)
+    found = set(listed(root, "urbancars").paths)
+    assert found == {p.relative_to(root).as_posix() for p in root.rglob("*.jpg")}
+    group = "bg-0.95_co_occur_obj-0.95/train/obj-urban_bg-urban_co_occur_obj-urban"
+    write(root, [f"{group}/000_mask.jpg"])
+    assert set(listed(root, "urbancars").paths) == found
 
 
 def test_urbancars_of_another_size_keeps_its_factors(tmp_path, caplog):
