@@ -167,7 +167,10 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     centre = share + z2 / (2 * n)
     half = _Z_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     scale = 1 + z2 / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    # Exactly 0 and 1 at the ends, where rounding would leave the share outside of its interval.
+    low = 0.0 if successes == 0 else (centre - half) / scale
+    high = 1.0 if successes == n else (centre + half) / scale
+    return low, high
 
 
 def null(value: float | None) -> float | None:

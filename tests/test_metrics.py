@@ -358,3 +358,9 @@ def textures_of(clusters):
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("n", [1, 7, 300, 9999])
+def test_an_interval_holds_its_share_at_both_ends(n):
+    assert wilson_interval(n, n)[1] == 1.0 and wilson_interval(0, n)[0] == 0.0
+    assert all(low <= k / n <= high for k in range(n + 1) for low, high in [wilson_interval(k, n)])
