@@ -219,15 +219,15 @@ def _wide_heads(x: Tensor) -> bool:
 
 
 def _attention(shape: shapes.Attention, dtype: torch.dtype, layout: str) -> list[Launch]:
-    from ddb_fast.kernels import triton_attention
+    from ddb_fast.kernels import fused_attention, triton_attention
 
     b, h, s, d = shape.b, shape.h, shape.s, shape.d
-    gradients = None
     if layout == "packed":
         packed = torch.empty((b, s, 3, h, d), dtype=dtype, device="meta")
         gradients = q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
     else:
         q, k, v = (torch.empty((b, h, s, d), dtype=dtype, device="meta") for _ in range(3))
+        gradients = [fused_attention.empty_like_tokens(*x.shape, x) for x in (q, k, v)]
     if triton_attention.why_not("attention", q, k, v):
         return []
     with recording() as launches:

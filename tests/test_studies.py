@@ -9,10 +9,19 @@ import memorisation
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import small
 from ddb_fast import checkpoint
 from ddb_fast.data.digits import nearest_colour
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """A process has one state of accelerate, and another test's may be of another precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

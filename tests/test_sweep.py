@@ -203,6 +203,8 @@ def test_ctrl_c_ends_the_run_too(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell's background jobs ignore it, and so would all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     checkpoint = out / "digits-rho0.9/classifiers/erm/seed0/checkpoint.safetensors"
     deadline = time.monotonic() + 120

@@ -93,9 +93,11 @@ def test_bf16_autocast_is_close_to_float32(name):
         expected = model(images)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(images)
-    assert logits.dtype == torch.bfloat16
     error = (logits.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    assert 0 < error < 0.05
+    if name == "mlp":  # published in single precision, and too small to gain by another
+        assert logits.dtype == torch.float32 and error == 0
+    else:
+        assert logits.dtype == torch.bfloat16 and 0 < error < 0.05
 
 
 # Arguments.
