@@ -25,9 +25,9 @@ from ddb_fast.data.benchmarks.colored_mnist import recoloured
 from ddb_fast.data.store import Split
 from ddb_fast.engine import Selection
 from ddb_fast.methods import build_method, first_networks, identify_errors
+from ddb_fast.pipeline import AMPLIFIED
 
-AMPLIFIED = ("ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii")
-METHODS = ("erm", "lff", "jtt", "group-dro", *AMPLIFIED)
+METHODS = ("erm", "lff", "jtt", "group-dro", *sorted(AMPLIFIED))
 
 
 def curve(
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         images = recoloured(Path(config.data.path), val.paths, colours)
         shown = replace(val, a=torch.from_numpy(colours), large=images)
         scores = None
-        if set(AMPLIFIED).intersection(arguments.methods):
+        if AMPLIFIED.intersection(arguments.methods):
             scores = read_scores(arguments.run / "amplifier" / "scores.csv")
         length = arguments.epochs * len(data.splits["train"])
         first, times = arguments.jtt
