@@ -34,8 +34,8 @@ _TEST_SHARE, _VALIDATION_SHARE = Fraction(28, 100), Fraction(1, 10)
 _NOISE_STREAM, _RANK_STREAM = 0, 1
 
 
-def _raw(stream: int, count: int) -> np.ndarray:
-    return np.random.Philox(key=np.array([0, stream], dtype=np.uint64)).random_raw(count)
+def _raw(stream: int, count: int, draw: int) -> np.ndarray:
+    return np.random.Philox(key=np.array([draw, stream], dtype=np.uint64)).random_raw(count)
 
 
 def _enlarge(images: np.ndarray) -> np.ndarray:
@@ -52,9 +52,9 @@ def _enlarge(images: np.ndarray) -> np.ndarray:
     return weights @ images @ weights.T
 
 
-def _backgrounds(count: int) -> np.ndarray:
+def _backgrounds(count: int, draw: int) -> np.ndarray:
     """(count, 10, 3): the background of each digit in each colour, drawn once for all rho."""
-    uniform = ((_raw(_NOISE_STREAM, count * 30) >> 11) + 0.5) * 2.0**-53
+    uniform = ((_raw(_NOISE_STREAM, count * 30, draw) >> 11) + 0.5) * 2.0**-53
     normal = np.array([NormalDist().inv_cdf(u) for u in uniform.tolist()])
     return np.clip(COLOURS + _NOISE * normal.reshape(count, 10, 3), 0, 1)
 
@@ -67,7 +67,7 @@ def _colours_of(members: np.ndarray, y: int, rho: Fraction, rank: np.ndarray) ->
     return colours
 
 
-def digits(rho: float = 0.95) -> Listing:
+def digits(rho: float = 0.95, *, draw: int = 0) -> Listing:
     """Render Colored Digits with a share rho of bias-aligned training and validation images.
 
     Per class, in the order of `load_digits`, the last round(0.28 n) are test and the last
@@ -75,6 +75,7 @@ def digits(rho: float = 0.95) -> Listing:
     round(n_c (1 - rho)) images of a class conflict, rho taken as the decimal it is written as and
     halves rounded to even: those of lowest random rank, a number drawn once for each digit, get
     colours y+1, y+2, ... (mod 10, never y) in turn. Every test digit comes in all ten colours.
+    draw: another number draws other ranks and other noise, for studies over many sets.
     ValueError for rho outside [0, 1].
     """
     if not 0 <= rho <= 1:
@@ -84,8 +85,8 @@ def digits(rho: float = 0.95) -> Listing:
 
     share, data = Fraction(str(rho)), load_digits()
     strength = _enlarge(data.images)[..., None] / 16
-    background = _backgrounds(len(data.target))
-    rank = _raw(_RANK_STREAM, len(data.target))
+    background = _backgrounds(len(data.target), draw)
+    rank = _raw(_RANK_STREAM, len(data.target), draw)
 
     chosen = []  # (split, y, digit, colour)
     for y in range(10):
