@@ -21,11 +21,11 @@ from finished import open_run, read_rows, start, write_rows
 from torch import nn
 
 from ddb_fast.classification import Scores, logits_of, read_scores, train_classifier
+from ddb_fast.config import AMPLIFIED
 from ddb_fast.data.benchmarks.colored_mnist import recoloured
 from ddb_fast.data.store import Split
 from ddb_fast.engine import Selection
 from ddb_fast.methods import build_method, first_networks, identify_errors
-from ddb_fast.pipeline import AMPLIFIED
 
 METHODS = ("erm", "lff", "jtt", "group-dro", *sorted(AMPLIFIED))
 

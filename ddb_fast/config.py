@@ -43,6 +43,11 @@ METHODS = (
     "real-amplifier-i", "real-amplifier-ii",
 )  # fmt: skip
 
+AMPLIFIED = frozenset({"ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii"})
+"""Methods that need the amplifier trained on synthetic images."""
+CONTROLS = frozenset({"real-amplifier-i", "real-amplifier-ii"})
+"""Methods that need the amplifier trained on the real images."""
+
 TAKES_RHO = ("digits", "colored-mnist", "waterbirds", "bffhq", "bar-rho")
 """Data sources whose training images depend on `data.rho`."""
 
@@ -268,7 +273,8 @@ class RunConfig:
     methods: tuple[str, ...] = ("erm", "ddb-i", "ddb-ii")
     """erm, lff, jtt, ddb-i, ddb-i-error-set, ddb-i-predicted, ddb-ii; with bias labels group-dro,
     dfr (theirs in the validation split; trains erm too); real-amplifier-i and -ii, the paper's
-    control: DDB with the amplifier trained on the real images."""
+    control: DDB with the amplifier trained on the real images. none: the audit alone, amplifier,
+    scores and report without a classifier."""
     seeds: tuple[int, ...] = (0,)
     """A classifier per method and seed; generator and amplifier are shared."""
     selection: Literal[
@@ -293,9 +299,11 @@ class RunConfig:
     progress: bool = True
 
     def __post_init__(self):
+        if self.methods == ("none",):
+            object.__setattr__(self, "methods", ())
         unknown = [m for m in self.methods if m not in METHODS]
-        if unknown or not self.methods:
-            raise ValueError(f"methods: {unknown or 'none given'}; known: {', '.join(METHODS)}")
+        if unknown:
+            raise ValueError(f"methods: {unknown}; known: {', '.join(METHODS)}; or none alone")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: {self.seeds}: at least one, each once")
         for name, value in flatten(self).items():
@@ -305,6 +313,11 @@ class RunConfig:
                     low <= number <= high and math.isfinite(number)
                 ):
                     raise ValueError(f"{name}: {number} is outside {low} to {high}")
+
+    @property
+    def amplifies(self) -> bool:
+        """Whether the amplifier trained on synthetic images is needed."""
+        return not self.methods or not AMPLIFIED.isdisjoint(self.methods)
 
 
 # The fields that the results of each stage depend on; `data.path` is left out (below) because the

@@ -10,7 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,17 @@ from ddb_fast import report
 from ddb_fast.checkpoint import write_atomically
 from ddb_fast.classification import (
     Scores,
-    build_network,
     read_scores,
     score_images,
     train_amplifier,
 )
-from ddb_fast.config import ClassifierConfig, RunConfig
+from ddb_fast.config import CONTROLS, RunConfig
 from ddb_fast.context import Context
 from ddb_fast.data.listing import Listing
 from ddb_fast.data.sources import open_listing
 from ddb_fast.data.store import ImageData, open_images
-from ddb_fast.diffusion.samplers import timesteps
+from ddb_fast.feasible import check_feasible, check_labels
 from ddb_fast.generator import (
-    build_unet,
     import_diffusion,
     import_synthetic,
     read_diffusion_config,
@@ -42,19 +40,11 @@ from ddb_fast.generator import (
     train_diffusion,
 )
 from ddb_fast.methods import identify_errors, retrain_last_layer, train_method
-from ddb_fast.models.classifiers import linear_head
 from ddb_fast.results import collect_results, table
 from ddb_fast.run_folder import RunFolder
 from ddb_fast.trackers import RunLog
 
 logger = logging.getLogger(__name__)
-
-AMPLIFIED = frozenset({"ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii"})
-"""Methods that need the amplifier trained on synthetic images."""
-CONTROLS = frozenset({"real-amplifier-i", "real-amplifier-ii"})
-"""Methods that need the amplifier trained on the real images."""
-_FEW = 10
-"""A validation group of fewer images is warned of, where something is chosen by groups."""
 
 
 def device_name(accelerator: Accelerator) -> str:
@@ -68,80 +58,6 @@ def describe(data: ImageData) -> str:
     """The data in one line: name, classes, images of each split."""
     splits = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
     return f"{data.name}: {len(data.classes)} classes, {splits} images"
-
-
-def check_feasible(config: RunConfig, *, num_classes: int, world: int) -> None:
-    """Refuse with ValueError, before anything is trained, what would only fail at its stage."""
-    parts = {"classifier": config.classifier}
-    if (AMPLIFIED | CONTROLS).intersection(config.methods):
-        parts["amplifier"] = config.amplifier
-    if AMPLIFIED.intersection(config.methods) and config.sampling.load is None:
-        with torch.device("meta"):
-            build_unet(config.diffusion, num_classes)
-        if config.sampling.sampler != "ddpm-authors":
-            timesteps(config.diffusion.timesteps, config.sampling.steps)
-        if config.diffusion.load is None:
-            parts["diffusion"] = config.diffusion
-    for name, part in parts.items():
-        if part.batch_size % (world * part.accumulate):
-            raise ValueError(
-                f"{name}.batch_size {part.batch_size} is not a multiple of {world} devices x "
-                f"{part.accumulate} accumulated"
-            )
-        if isinstance(part, ClassifierConfig):
-            with torch.device("meta"):
-                network = build_network(replace(part, weights=None), num_classes)
-            if name == "classifier" and "dfr" in config.methods:
-                linear_head(network)
-            if part.weights not in (None, "imagenet") and not Path(part.weights).is_file():
-                raise ValueError(f"{name}.weights: no file {part.weights}")
-
-
-def check_labels(config: RunConfig, data: ImageData) -> None:
-    """Refuse with ValueError methods that need labels or splits which the data lacks."""
-    for method in ("group-dro", "dfr"):
-        if method in config.methods and data.groups("train") is None:
-            raise ValueError(f"method {method} needs bias labels: a CSV with a column `a`")
-    if config.selection != "last":
-        if "val" not in data.splits:
-            raise ValueError(f"selection {config.selection} needs a validation split; use last")
-        if config.selection != "average_accuracy" and data.groups("train") is None:
-            raise ValueError(f"selection {config.selection} needs bias labels; use last")
-    if "dfr" in config.methods:
-        present = set(data.splits["val"].y.tolist()) if "val" in data.splits else set()
-        absent = [name for c, name in enumerate(data.classes) if c not in present]
-        if absent:
-            raise ValueError(
-                f"method dfr needs a validation split with every class: none of {absent[0]}"
-            )
-    _check_validation_groups(config, data)
-
-
-def _check_validation_groups(config: RunConfig, data: ImageData) -> None:
-    """Refuse with ValueError what chooses by groups where validation lacks one side of the bias.
-
-    A warning names the smallest validation group of those in training, where it is small.
-    """
-    choosing = []
-    if config.selection in ("unbiased_accuracy", "worst_group_accuracy"):
-        choosing.append((f"selection {config.selection}", "use last"))
-    if "dfr" in config.methods:
-        choosing.append(("method dfr", "leave it out"))
-    for what, instead in choosing:
-        groups, trained = data.groups("val"), data.groups("train").counts > 0
-        for aligned, lacking in ((True, "aligned"), (False, "conflicting")):
-            if not (groups.bias_aligned == aligned).any():
-                raise ValueError(
-                    f"{what} needs bias-aligned and bias-conflicting images in the validation "
-                    f"split: none of its {len(groups)} is {lacking}; {instead}"
-                )
-        size, group = min((groups.counts[g].item(), g) for g in trained.nonzero()[:, 0].tolist())
-        if size < _FEW:
-            noun = "image" if size == 1 else "images"
-            logger.warning(
-                "%s rests on small groups of the validation split: %s has %d %s",
-                what, groups.names[group], size, noun,
-            )  # fmt: skip
 
 
 def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -> dict[str, Any]:
@@ -180,16 +96,21 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -
         folder.close()
 
 
-def _run_stages(
-    config: RunConfig, accelerator: Accelerator, listing: Listing, folder: RunFolder
-) -> dict[str, Any]:
-    main, path = accelerator.is_main_process, folder.path
-    log = RunLog(accelerator, path / "log.jsonl", mirror=config.tracker != "none")
-    if config.tracker != "none":
-        accelerator.init_trackers("ddb_fast", config={"preset": config.preset})
+@dataclass(frozen=True)
+class Stages:
+    """Runs the stages that are not done."""
 
-    def stage(key: str, work: Callable[[], float | None], unfinished: Path | None = None) -> None:
-        """Run a stage that is not done; `unfinished` is where it keeps its work meanwhile."""
+    folder: RunFolder
+    accelerator: Accelerator
+
+    def __call__(
+        self, key: str, work: Callable[[], float | None], unfinished: Path | None = None
+    ) -> None:
+        """Run stage `key` if it is not done; `unfinished` is where it keeps its work meanwhile.
+
+        work returns its seconds, or None to have them measured here.
+        """
+        folder = self.folder
         if folder.done(key):
             logger.info("%s: done before", key)
             return
@@ -202,11 +123,19 @@ def _run_stages(
             if first and not (unfinished is not None and unfinished.exists()):
                 folder.forget(key)
             raise
-        accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
         folder.finish(key, time.monotonic() - began if seconds is None else seconds)
-        if main and unfinished is not None and unfinished.exists():
+        if self.accelerator.is_main_process and unfinished is not None and unfinished.exists():
             shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
 
+
+def _run_stages(
+    config: RunConfig, accelerator: Accelerator, listing: Listing, folder: RunFolder
+) -> dict[str, Any]:
+    main, path = accelerator.is_main_process, folder.path
+    log = RunLog(accelerator, path / "log.jsonl", mirror=config.tracker != "none")
+    if config.tracker != "none":
+        accelerator.init_trackers("ddb_fast", config={"preset": config.preset})
     began = time.monotonic()
     with accelerator.main_process_first():
         data = open_images(
@@ -225,50 +154,12 @@ def _run_stages(
     check_labels(config, data)
     folder.record()
 
-    scores: Scores | None = None
-    if AMPLIFIED.intersection(config.methods):
-        synthetic, amplifier = path / "synthetic", path / "amplifier"
-        if config.sampling.load is not None:
-            stage("synthetic", lambda: import_synthetic(context, synthetic))
-        else:
-            diffusion = path / "diffusion"
-            if config.diffusion.load is not None:
-                stage("diffusion", lambda: import_diffusion(context, diffusion))
-            else:
-                resume = diffusion / "checkpoints"
-                stage("diffusion", lambda: train_diffusion(context, diffusion, resume), resume)
-            shards = synthetic / "shards"
-            stage("synthetic", lambda: synthesise(context, diffusion, synthetic, shards), shards)
-        images = synthetic / "images.safetensors"
-        resume = amplifier / "checkpoint.safetensors"
-        stage("amplifier", lambda: train_amplifier(context, images, amplifier, resume), resume)
-        table_path, model = amplifier / "scores.csv", amplifier / "model.safetensors"
-        stage("scores", lambda: score_images(context, model, table_path) if main else None)
-        scores = read_scores(table_path)
-    real_scores: Scores | None = None
+    stage = Stages(folder, accelerator)
+    scores = _amplify(context, stage, path) if config.amplifies else None
+    real_scores = None
     if CONTROLS.intersection(config.methods):
-        amplifier = path / "real_amplifier"
-        resume = amplifier / "checkpoint.safetensors"
-        work = partial(train_amplifier, context, None, amplifier, resume)
-        stage("real-amplifier", work, resume)
-        files = amplifier / "model.safetensors", amplifier / "scores.csv"
-        stage("real-scores", lambda: score_images(context, *files) if main else None)
-        real_scores = read_scores(amplifier / "scores.csv")
-
-    for seed in config.seeds:
-        for method in config.methods:
-            target = path / "classifiers" / method / f"seed{seed}"
-            if method == "jtt":
-                resume = target / "identification_checkpoint.safetensors"
-                work = partial(identify_errors, context, seed, target, resume)
-                stage(f"jtt-identification/{seed}", work, resume)
-            resume = target / "checkpoint.safetensors"
-            verdict = real_scores if method in CONTROLS else scores
-            work = partial(train_method, context, method, seed, target, resume, verdict)
-            if method == "dfr":  # after erm, which METHODS names first
-                erm = path / "classifiers" / "erm" / f"seed{seed}"
-                work = partial(retrain_last_layer, context, seed, erm, target)
-            stage(f"{method}/seed{seed}", work, resume)
+        real_scores = _amplify_real(context, stage, path / "real_amplifier")
+    _train_methods(context, stage, path / "classifiers", scores, real_scores)
 
     results = collect_results(path, config, data, scores, folder.seconds(), real_scores=real_scores)
     if main:
@@ -282,3 +173,60 @@ def _run_stages(
         print(f"report:  {path / 'report.html'}")
     accelerator.wait_for_everyone()
     return results
+
+
+def _amplify(context: Context, stage: Stages, path: Path) -> Scores:
+    """Generator, synthetic images, the amplifier trained on them, its scores of real images."""
+    config = context.config
+    synthetic, amplifier = path / "synthetic", path / "amplifier"
+    if config.sampling.load is not None:
+        stage("synthetic", lambda: import_synthetic(context, synthetic))
+    else:
+        diffusion = path / "diffusion"
+        if config.diffusion.load is not None:
+            stage("diffusion", lambda: import_diffusion(context, diffusion))
+        else:
+            resume = diffusion / "checkpoints"
+            stage("diffusion", lambda: train_diffusion(context, diffusion, resume), resume)
+        shards = synthetic / "shards"
+        stage("synthetic", lambda: synthesise(context, diffusion, synthetic, shards), shards)
+    images = synthetic / "images.safetensors"
+    resume = amplifier / "checkpoint.safetensors"
+    stage("amplifier", lambda: train_amplifier(context, images, amplifier, resume), resume)
+    return _score(context, stage, "scores", amplifier)
+
+
+def _amplify_real(context: Context, stage: Stages, amplifier: Path) -> Scores:
+    """The paper's control: the amplifier trained on the real images, and its scores of them."""
+    resume = amplifier / "checkpoint.safetensors"
+    work = partial(train_amplifier, context, None, amplifier, resume)
+    stage("real-amplifier", work, resume)
+    return _score(context, stage, "real-scores", amplifier)
+
+
+def _score(context: Context, stage: Stages, key: str, amplifier: Path) -> Scores:
+    model, table_path = amplifier / "model.safetensors", amplifier / "scores.csv"
+    main = context.accelerator.is_main_process
+    stage(key, lambda: score_images(context, model, table_path) if main else None)
+    return read_scores(table_path)
+
+
+def _train_methods(
+    context: Context, stage: Stages, path: Path, scores: Scores | None, real_scores: Scores | None
+) -> None:
+    """One classifier for each method and seed."""
+    for seed in context.config.seeds:
+        for method in context.config.methods:
+            target = path / method / f"seed{seed}"
+            if method == "jtt":
+                resume = target / "identification_checkpoint.safetensors"
+                work = partial(identify_errors, context, seed, target, resume)
+                stage(f"jtt-identification/{seed}", work, resume)
+            resume = target / "checkpoint.safetensors"
+            judged = real_scores if method in CONTROLS else scores
+            work = partial(train_method, context, method, seed, target, resume, judged)
+            if method == "dfr":  # after erm, which METHODS names first
+                work = partial(
+                    retrain_last_layer, context, seed, path / "erm" / target.name, target
+                )
+            stage(f"{method}/seed{seed}", work, resume)

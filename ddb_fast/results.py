@@ -109,6 +109,8 @@ def _amplifier(scores: Scores, data: ImageData) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The methods as a Markdown table, with what was found about the bias below it."""
+    if not results["methods"]:
+        return "\n".join(["", *findings(results)])
     shown = shown_metrics(results)
     rows = [["method", *(COLUMNS[name] for name in shown)]]
     rows += [

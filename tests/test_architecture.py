@@ -15,7 +15,16 @@ LAYERS = [
     {"models", "data", "metrics"},
     {"recipes", "diffusion"},
     {"engine", "checkpoint", "trackers"},
-    {"context", "generator", "classification", "methods", "run_folder", "results", "report"},
+    {
+        "context",
+        "generator",
+        "classification",
+        "methods",
+        "run_folder",
+        "results",
+        "report",
+        "feasible",
+    },
     {"pipeline", "sweep"},
     {"cli", "train"},
 ]

@@ -17,7 +17,7 @@ import small
 from ddb_fast.config import with_fields
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.store import ImageData, Split
-from ddb_fast.pipeline import check_labels
+from ddb_fast.feasible import check_labels
 from ddb_fast.presets import PRESETS
 from ddb_fast.train import main
 

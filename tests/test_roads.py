@@ -103,6 +103,23 @@ def test_a_table_with_bias_labels_takes_true_groups_and_then_grows(two_digits, t
     assert third["amplifier"] == second["amplifier"]
 
 
+def test_the_audit_alone_trains_no_classifier_and_then_grows(two_digits, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["tiny", "--data", two_digits, "--out", out]
+    short = {"diffusion__images": "128", "methods": "none"}
+    assert run(*command, **short) == 0
+    assert "| method" not in capsys.readouterr().out
+    assert not (out / "classifiers").exists()
+    scores = (out / "amplifier" / "scores.csv").read_bytes()
+    assert json.loads((out / "results.json").read_text())["methods"] == {}
+    assert run(*command, **short | {"methods": "ddb-ii"}) == 0
+    assert list(json.loads((out / "results.json").read_text())["methods"]) == ["ddb-ii"]
+    assert (out / "amplifier" / "scores.csv").read_bytes() == scores
+    with pytest.raises(SystemExit, match="2"):
+        run(*command, methods="none erm")
+    assert "or none alone" in capsys.readouterr().err
+
+
 def test_a_refused_method_leaves_a_finished_run_as_it_was(two_digits, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["tiny", "--data", two_digits, "--out", out]

@@ -1,0 +1,91 @@
+"""Refusals before anything is trained: what would only fail, or mean nothing, at its stage."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ddb_fast.classification import build_network
+from ddb_fast.config import CONTROLS, ClassifierConfig, RunConfig
+from ddb_fast.data.store import ImageData
+from ddb_fast.diffusion.samplers import timesteps
+from ddb_fast.generator import build_unet
+from ddb_fast.models.classifiers import linear_head
+
+logger = logging.getLogger(__name__)
+
+_FEW = 10
+"""A validation group of fewer images is warned of, where something is chosen by groups."""
+
+
+def check_feasible(config: RunConfig, *, num_classes: int, world: int) -> None:
+    """Refuse with ValueError, before anything is trained, what would only fail at its stage."""
+    parts = {"classifier": config.classifier} if config.methods else {}
+    if config.amplifies or CONTROLS.intersection(config.methods):
+        parts["amplifier"] = config.amplifier
+    if config.amplifies and config.sampling.load is None:
+        with torch.device("meta"):
+            build_unet(config.diffusion, num_classes)
+        if config.sampling.sampler != "ddpm-authors":
+            timesteps(config.diffusion.timesteps, config.sampling.steps)
+        if config.diffusion.load is None:
+            parts["diffusion"] = config.diffusion
+    for name, part in parts.items():
+        if part.batch_size % (world * part.accumulate):
+            raise ValueError(
+                f"{name}.batch_size {part.batch_size} is not a multiple of {world} devices x "
+                f"{part.accumulate} accumulated"
+            )
+        if isinstance(part, ClassifierConfig):
+            with torch.device("meta"):
+                network = build_network(replace(part, weights=None), num_classes)
+            if name == "classifier" and "dfr" in config.methods:
+                linear_head(network)
+            if part.weights not in (None, "imagenet") and not Path(part.weights).is_file():
+                raise ValueError(f"{name}.weights: no file {part.weights}")
+
+
+def check_labels(config: RunConfig, data: ImageData) -> None:
+    """Refuse with ValueError methods that need labels or splits which the data lacks.
+
+    What chooses by groups needs both sides of the bias in validation; a warning names the smallest
+    validation group of those in training, where it is small.
+    """
+    for method in ("group-dro", "dfr"):
+        if method in config.methods and data.groups("train") is None:
+            raise ValueError(f"method {method} needs bias labels: a CSV with a column `a`")
+    selects = config.selection != "last"
+    by_groups = selects and config.selection != "average_accuracy"
+    if selects and "val" not in data.splits:
+        raise ValueError(f"selection {config.selection} needs a validation split; use last")
+    if by_groups and data.groups("train") is None:
+        raise ValueError(f"selection {config.selection} needs bias labels; use last")
+    if "dfr" in config.methods:
+        present = set(data.splits["val"].y.tolist()) if "val" in data.splits else set()
+        absent = [name for c, name in enumerate(data.classes) if c not in present]
+        if absent:
+            raise ValueError(
+                f"method dfr needs a validation split with every class: none of {absent[0]}"
+            )
+    if by_groups:
+        _check_validation_groups(data, f"selection {config.selection}", instead="use last")
+    if "dfr" in config.methods:
+        _check_validation_groups(data, "method dfr", instead="leave it out")
+
+
+def _check_validation_groups(data: ImageData, what: str, *, instead: str) -> None:
+    groups, trained = data.groups("val"), data.groups("train").counts > 0
+    for aligned, lacking in ((True, "aligned"), (False, "conflicting")):
+        if not (groups.bias_aligned == aligned).any():
+            raise ValueError(
+                f"{what} needs bias-aligned and bias-conflicting images in the validation "
+                f"split: none of its {len(groups)} is {lacking}; {instead}"
+            )
+    size, group = min((groups.counts[g].item(), g) for g in trained.nonzero()[:, 0].tolist())
+    if size < _FEW:
+        noun = "image" if size == 1 else "images"
+        logger.warning(
+            "%s rests on small groups of the validation split: %s has %d %s",
+            what, groups.names[group], size, noun,
+        )  # fmt: skip
