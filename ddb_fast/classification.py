@@ -1,30 +1,25 @@
 """Classifiers: built, trained, saved and asked; the amplifier and its scores of real images."""
 
-import csv
-import io
-import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ddb_fast import checkpoint
 from ddb_fast.config import ClassifierConfig, from_dict
 from ddb_fast.context import Context
-from ddb_fast.data.augment import amplifier_view, augment, centre
+from ddb_fast.data.augment import augment
 from ddb_fast.data.pixels import normalise
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.store import gather, resident
 from ddb_fast.engine import Sampler, Selection, fit, step_seed
 from ddb_fast.models.classifiers import build_classifier, linear_head, load_pretrained
-from ddb_fast.recipes import ERM, pseudo_groups
-
-logger = logging.getLogger(__name__)
-
-EVALUATION_BATCH = 256
+from ddb_fast.recipes import ERM
+from ddb_fast.scoring import Scores as Scores
+from ddb_fast.scoring import joined, logits_of, loss_of_label, table_of, training_statistics
+from ddb_fast.scoring import read_scores as read_scores
 
 
 def build_network(config: ClassifierConfig, num_classes: int) -> nn.Module:
@@ -118,33 +113,18 @@ def load_classifier(path: Path) -> tuple[nn.Module, ClassifierConfig, tuple[str,
     return network.eval(), config, tuple(metadata["classes"])
 
 
-@torch.inference_mode()
-def logits_of(
+def features_of(
     network: nn.Module,
     images: Tensor,
     config: ClassifierConfig,
     *,
     device: torch.device,
-    crop: bool,
+    crop: bool = True,
 ) -> Tensor:
-    """Logits (N, K) fp32 on the CPU of uint8 NHWC images, in eval mode without augmentation.
+    """What a classifier's last layer is given, (N, D) fp32 on the CPU; images, crop: `logits_of`'s.
 
-    crop: centre crop (target classifiers, from `large`); otherwise a plain resize (the amplifier,
-    whose real images come from `small`, squashed or padded to the size of the synthetic ones).
+    ValueError where the last layer is given anything but a row an image.
     """
-    network.eval()
-    view = centre if crop else amplifier_view
-    answers = []
-    for index in torch.arange(len(images)).split(EVALUATION_BATCH):
-        pixels = view(gather(images, index, device), config.image_size)
-        answers.append(network(normalise(pixels, config.pixel_norm)).float().cpu())
-    return torch.cat(answers)
-
-
-def features_of(
-    network: nn.Module, images: Tensor, config: ClassifierConfig, *, device: torch.device
-) -> Tensor:
-    """What a target classifier's last layer is given, (N, D) fp32 on the CPU; as `logits_of`."""
     batches = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -152,7 +132,7 @@ def features_of(
 
     hook = linear_head(network).register_forward_pre_hook(keep)
     try:
-        logits_of(network, images, config, device=device, crop=True)
+        logits_of(network, images, config, device=device, crop=crop)
     finally:
         hook.remove()
     features = torch.cat(batches)
@@ -197,90 +177,30 @@ def train_amplifier(context: Context, synthetic: Path | None, folder: Path, resu
     return seconds
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The amplifier's verdict on the training images, in their order; all (N,)."""
-
-    predicted: Tensor
-    loss: Tensor
-    score: Tensor
-    conflicting: Tensor
-
-
-COLUMNS = (
-    "index",
-    "split",
-    "path",
-    "y",
-    "predicted",
-    "loss",
-    "probability_y",
-    "score",
-    "pseudo_conflicting",
-)
-
-
 def score_images(context: Context, amplifier: Path, path: Path) -> None:
     """Score every real image of every split; write `scores.csv`.
 
     Score and threshold use the statistics of the training split.
     """
     network, config, classes = load_classifier(amplifier)
-    data, rules = context.data, context.config.pseudo_labels
+    data = context.data
     if classes != tuple(data.classes):
         raise ValueError(f"{amplifier}: its classes {classes} are not those of the data")
     network.to(context.device)
-    predicted, loss, probability = {}, {}, {}
-    for name, split in data.splits.items():
-        logits = logits_of(network, split.small, config, device=context.device, crop=False)
-        log_probability = F.log_softmax(logits.double(), dim=1)
-        loss[name] = -log_probability.gather(1, split.y[:, None]).squeeze(1).float()
-        probability[name] = (-loss[name].double()).exp().float()
-        predicted[name] = logits.argmax(1)
+    logits = {
+        name: logits_of(network, split.small, config, device=context.device, crop=False)
+        for name, split in data.splits.items()
+    }
     y = data.splits["train"].y
-    groups = pseudo_groups(
-        loss["train"],
-        predicted["train"],
+    statistics = training_statistics(
+        loss_of_label(logits["train"], y),
+        logits["train"].argmax(1),
         y,
-        len(classes),
-        gamma=rules.gamma,
-        stats_over=rules.stats_over,
-        filter=rules.filter,
+        classes,
+        context.config.pseudo_labels,
     )
-    for c in groups.fallback_classes:
-        logger.warning(
-            "class %s: no image passes the threshold; its error set is taken instead", classes[c]
-        )
-    by_error_set = torch.full((len(classes),), rules.filter == "none")
-    by_error_set[list(groups.fallback_classes)] = True
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(COLUMNS)
-    index = 0
-    for name, split in data.splits.items():
-        score = (loss[name] - groups.mean[split.y]) / groups.std[split.y]
-        wrong = predicted[name] != split.y
-        # On the training split this is groups.conflicting: one rule for every row of the table.
-        passes = loss[name] > groups.threshold[split.y]
-        conflicting = wrong & (passes | by_error_set[split.y])
-        columns = (split.y, predicted[name], loss[name], probability[name], score, conflicting)
-        for path_, y_, p_, l_, q_, s_, c_ in zip(
-            split.paths, *(column.tolist() for column in columns), strict=True
-        ):
-            writer.writerow(
-                (index, name, path_, y_, p_, f"{l_:.9g}", f"{q_:.9g}", f"{s_:.9g}", int(c_))
-            )
-            index += 1
-    checkpoint.write_atomically(path, text.getvalue())
-
-
-def read_scores(path: Path, split: str = "train") -> Scores:
-    """The rows of one split of `scores.csv`."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == split]
-    return Scores(
-        predicted=torch.tensor([int(r["predicted"]) for r in rows]),
-        loss=torch.tensor([float(r["loss"]) for r in rows]),
-        score=torch.tensor([float(r["score"]) for r in rows]),
-        conflicting=torch.tensor([r["pseudo_conflicting"] == "1" for r in rows]),
-    )
+    tables = [
+        table_of(logits[name], statistics, paths=split.paths, split=name, y=split.y)
+        for name, split in data.splits.items()
+    ]
+    joined(tables).write(path, probabilities=False)

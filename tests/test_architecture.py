@@ -19,6 +19,7 @@ LAYERS = [
         "context",
         "generator",
         "classification",
+        "scoring",
         "methods",
         "run_folder",
         "results",

@@ -18,8 +18,11 @@ _SPLIT_VALUES = {**_SPLIT_NAMES, "0": "train", "1": "val", "2": "test"}
 _TREE = "expected ROOT/CLASS/*.jpg or ROOT/{train,val,test}/CLASS/*.jpg"
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
-    """Where each split's class folders lie: {"train": root} if the data names no splits."""
+def split_folders(root: Path) -> dict[str, Path]:
+    """Where each split's class folders lie: {"train": root} if the data names no splits.
+
+    ValueError for a folder that may be a class or a split, and for a split that is there twice.
+    """
     folders = subfolders(root)
     named = [f for f in folders if f.name.lower() in _SPLIT_NAMES]
     # `train` may be a class, next to `car`: only a folder of folders is a split.
@@ -37,8 +40,6 @@ def _split_folders(root: Path) -> dict[str, Path]:
         if split in answer:
             raise ValueError(f"{root}: both {answer[split].name}/ and {folder.name}/; keep one")
         answer[split] = folder
-    if "train" not in answer:
-        raise ValueError(f"{root}: {named[0].name}/ but no train/; {_TREE}")
     return answer
 
 
@@ -55,8 +56,11 @@ def list_folder(
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; {_TREE}")
+    parents = split_folders(root)
+    if "train" not in parents:
+        raise ValueError(f"{root}: {next(iter(parents.values())).name}/ but no train/; {_TREE}")
     found, ignored, names = [], [], set()
-    for split, parent in _split_folders(root).items():
+    for split, parent in parents.items():
         for folder in subfolders(parent):
             files = list(image_files(folder, ignored))
             found += [(split, folder.name, file) for file in files]
@@ -98,7 +102,8 @@ def list_csv(
     return Listing(name=table.stem, classes=classes, entries=tuple(entries), biases=biases)
 
 
-def _csv_entry(table: Path, where: str, row: Row) -> Entry:
+def csv_image(table: Path, where: str, row: Row) -> tuple[str, Path, str]:
+    """The path, the file and the split, train without a column, of a row; ValueError names it."""
     path = Path(row["path"] or "").as_posix()
     if Path(path).suffix.lower() not in EXTENSIONS:
         known = " ".join(EXTENSIONS)
@@ -111,8 +116,13 @@ def _csv_entry(table: Path, where: str, row: Row) -> Entry:
         raise ValueError(
             f"{where}: split is {row['split']!r}, not one of {', '.join(_SPLIT_VALUES)}"
         )
+    return path, file, _SPLIT_VALUES[split]
+
+
+def _csv_entry(table: Path, where: str, row: Row) -> Entry:
+    path, file, split = csv_image(table, where, row)
     a = integer(where, row, "a") if "a" in row else None
-    return Entry(path, integer(where, row, "y"), _SPLIT_VALUES[split], file, a)
+    return Entry(path, integer(where, row, "y"), split, file, a)
 
 
 def _numbered(table: Path, column: str, values: set[int]) -> tuple[str, ...]:
@@ -131,25 +141,36 @@ def open_listing(config: DataConfig) -> Listing:
 
     ValueError, one line, for everything a user can get wrong.
     """
-    if config.source == "digits":
+    source = source_of(config)
+    if source == "digits":
         return digits(config.rho)
+    path = Path(config.path)
+    if source in BENCHMARKS:
+        return open_benchmark(path, config)
+    shares = {"validation_share": config.validation_share, "test_share": config.test_share}
+    return (list_folder if source == "folder" else list_csv)(path, **shares)
+
+
+def source_of(config: DataConfig) -> str:
+    """What a configuration names, auto told to be folder or csv; ValueError if it is not there."""
+    if config.source == "digits":
+        return "digits"
     if config.path is None:
         raise ValueError(
             "no images named: give --data FOLDER, --data FILE.csv or the preset digits"
         )
-    path, source = Path(config.path), config.source
-    if source in BENCHMARKS:
-        return open_benchmark(path, config)
+    path = Path(config.path)
+    if config.source in BENCHMARKS:
+        return config.source
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; {_TREE}, or a CSV with path, y")
-    if source == "auto":
-        if not path.is_dir() and path.suffix.lower() != ".csv":
-            raise ValueError(
-                f"{path}: {path.suffix or 'no'} extension; give an image folder or a .csv file"
-            )
-        source = "folder" if path.is_dir() else "csv"
-    shares = {"validation_share": config.validation_share, "test_share": config.test_share}
-    return (list_folder if source == "folder" else list_csv)(path, **shares)
+    if config.source != "auto":
+        return config.source
+    if not path.is_dir() and path.suffix.lower() != ".csv":
+        raise ValueError(
+            f"{path}: {path.suffix or 'no'} extension; give an image folder or a .csv file"
+        )
+    return "folder" if path.is_dir() else "csv"
 
 
 def describe(listing: Listing) -> str:

@@ -1,0 +1,343 @@
+"""The bias score: the amplifier's loss of an image's label, beside those of the training split.
+
+One set of functions makes the rows of a run's `amplifier/scores.csv` and of any other images; what
+comes out is a `ScoreTable`, NumPy columns that other tools take as they are.
+"""
+
+import csv
+import importlib.util
+import io
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddb_fast.checkpoint import write_atomically
+from ddb_fast.config import ClassifierConfig, PseudoLabelConfig
+from ddb_fast.data.augment import amplifier_view, centre
+from ddb_fast.data.pixels import normalise
+from ddb_fast.data.store import Split, gather
+from ddb_fast.recipes import pseudo_groups
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_BATCH = 256
+FORMATS = ("csv", "parquet", "json")
+COLUMNS = (
+    "index",
+    "split",
+    "path",
+    "y",
+    "predicted",
+    "loss",
+    "probability_y",
+    "score",
+    "pseudo_conflicting",
+)
+"""Of scores.csv; `ScoreTable.columns` has `probability_of_<class>` for each class after them."""
+
+
+@torch.inference_mode()
+def logits_of(
+    network: nn.Module,
+    images: Tensor,
+    config: ClassifierConfig,
+    *,
+    device: torch.device,
+    crop: bool,
+) -> Tensor:
+    """Logits (N, K) fp32 on the CPU of uint8 NHWC images, in eval mode without augmentation.
+
+    crop: centre crop (target classifiers, from `large`); otherwise a plain resize (the amplifier,
+    whose real images come from `small`, squashed or padded to the size of the synthetic ones).
+    """
+    network.eval()
+    view = centre if crop else amplifier_view
+    answers = []
+    for index in torch.arange(len(images)).split(EVALUATION_BATCH):
+        pixels = view(gather(images, index, device), config.image_size)
+        answers.append(network(normalise(pixels, config.pixel_norm)).float().cpu())
+    return torch.cat(answers)
+
+
+def loss_of_label(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each image, (N,) fp32 in nats, by way of float64; logits (N, K), y (N,)."""
+    return F.cross_entropy(logits.double(), y, reduction="none").float()
+
+
+# --- what a score is measured against ----------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Statistics:
+    """What the amplifier's losses on a run's training split make of another loss, for K classes.
+
+    mean, std, threshold: (K,) float64, nats, NaN for a class without training images. by_error_set:
+    (K,) bool, where every misclassified image counts as conflicting, whatever its loss.
+    """
+
+    classes: tuple[str, ...]
+    mean: Tensor
+    std: Tensor
+    threshold: Tensor
+    by_error_set: Tensor
+
+
+def training_statistics(
+    loss: Tensor, predicted: Tensor, y: Tensor, classes: Sequence[str], rules: PseudoLabelConfig
+) -> Statistics:
+    """The statistics of a training split; a warning names classes that fall back to their errors.
+
+    loss, predicted, y: (N,), the amplifier's verdict and the labels. ValueError as `pseudo_groups`.
+    """
+    groups = pseudo_groups(
+        loss,
+        predicted,
+        y,
+        len(classes),
+        gamma=rules.gamma,
+        stats_over=rules.stats_over,
+        filter=rules.filter,
+    )
+    for c in groups.fallback_classes:
+        logger.warning(
+            "class %s: no image passes the threshold; its error set is taken instead", classes[c]
+        )
+    by_error_set = torch.full((len(classes),), rules.filter == "none")
+    by_error_set[list(groups.fallback_classes)] = True
+    return Statistics(
+        classes=tuple(classes),
+        mean=groups.mean,
+        std=groups.std,
+        threshold=groups.threshold,
+        by_error_set=by_error_set,
+    )
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The amplifier's verdict on the images of one split, in their order; all (N,)."""
+
+    y: Tensor
+    predicted: Tensor
+    loss: Tensor
+    score: Tensor
+    conflicting: Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScoreTable:
+    """The amplifier's verdict on N images in K classes, a row each, as NumPy columns.
+
+    path, split: (N,) str. predicted: (N,) int64. probabilities: (N, K) float64. classes: the K
+    names, in the order of their numbers. y: (N,) int64; loss: (N,) float32, nats; score: (N,)
+    float64, (loss - mean_y) / std_y, higher = more conflicting; conflicting: (N,) bool, the pseudo
+    bias label. These four are None where images have no labels: it is the loss of the label that a
+    score compares.
+    """
+
+    classes: tuple[str, ...]
+    path: np.ndarray
+    split: np.ndarray
+    predicted: np.ndarray
+    probabilities: np.ndarray
+    y: np.ndarray | None = None
+    loss: np.ndarray | None = None
+    score: np.ndarray | None = None
+    conflicting: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.path)
+
+    def columns(self, *, probabilities: bool = True) -> dict[str, Any]:
+        """Name -> N values, in the order of COLUMNS: what a data frame is made of.
+
+        What needs labels is a list of None where there are none.
+        """
+        count = len(self)
+        probability = None
+        if self.loss is not None:
+            probability = torch.from_numpy(self.loss).double().neg().exp().float().numpy()
+        values = (
+            *(np.arange(count), self.split, self.path, self.y, self.predicted),
+            *(self.loss, probability, self.score, self.conflicting),
+        )
+        named = {
+            name: [None] * count if column is None else column
+            for name, column in zip(COLUMNS, values, strict=True)
+        }
+        if probabilities:
+            for name, column in zip(self.classes, self.probabilities.T, strict=True):
+                named[f"probability_of_{name}"] = np.ascontiguousarray(column)
+        return named
+
+    def tensors(self, split: str) -> Scores:
+        """The rows of one split, as the recipes take them; ValueError for a table without labels.
+
+        Tensors of their own: what is written to them does not reach the table.
+        """
+        if self.y is None:
+            raise ValueError("images without labels have no scores to train with")
+        chosen = self.split == split
+        parts = (self.y, self.predicted, self.loss, self.score.astype(np.float32), self.conflicting)
+        return Scores(*(torch.from_numpy(part[chosen]) for part in parts))
+
+    def text(self, format: str = "csv", *, probabilities: bool = True) -> str:
+        """The table as CSV (floats to 9 digits) or as JSON, a list of objects, one a line."""
+        columns = self.columns(probabilities=probabilities)
+        rows = zip(*(np.asarray(c, dtype=object).tolist() for c in columns.values()), strict=True)
+        if format == "json":
+            lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
+            return "[\n" + ",\n".join(lines) + "\n]\n"
+        out = io.StringIO(newline="")
+        writer = csv.writer(out)
+        writer.writerow(columns)
+        writer.writerows([_cell(value) for value in row] for row in rows)
+        return out.getvalue()
+
+    def write(
+        self, path: str | Path, format: str | None = None, *, probabilities: bool = True
+    ) -> None:
+        """Write a file, whole or not at all, in one of FORMATS; by the path's ending without one.
+
+        ValueError as `table_format`, OSError when the disk refuses.
+        """
+        path, format = Path(path), table_format(path, format)
+        if format != "parquet":
+            write_atomically(path, self.text(format, probabilities=probabilities))
+            return
+        import pyarrow
+        from pyarrow import parquet
+
+        out = io.BytesIO()
+        parquet.write_table(pyarrow.table(self.columns(probabilities=probabilities)), out)
+        write_atomically(path, out.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return int(value)
+    return f"{value:.9g}" if isinstance(value, float) else value
+
+
+def table_format(path: str | Path | None, format: str | None = None) -> str:
+    """The format of a table to be written: as asked, else by the path's ending, CSV without a path.
+
+    ValueError, one line, for another one, and for parquet without a path or without pyarrow.
+    """
+    if format is None:
+        format = "csv" if path is None else Path(path).suffix.lower().lstrip(".")
+    if format not in FORMATS:
+        where = "" if path is None else f"{path}: "
+        raise ValueError(f"{where}format {format!r} is none of {', '.join(FORMATS)}")
+    if format == "parquet":
+        if path is None:
+            raise ValueError(
+                "parquet is no text for a terminal: name a file, such as scores.parquet"
+            )
+        if importlib.util.find_spec("pyarrow") is None:
+            raise ValueError(
+                f"{path}: parquet needs pyarrow (pip install pyarrow); csv needs nothing"
+            )
+    return format
+
+
+# --- making it ---------------------------------------------------------------------------------
+
+
+def table_of(
+    logits: Tensor,
+    statistics: Statistics,
+    *,
+    paths: Sequence[str],
+    split: str = "",
+    y: Tensor | None = None,
+) -> ScoreTable:
+    """The amplifier's verdict from its logits (N, K); without y (N,) there are no scores.
+
+    ValueError for labels or logits of other classes than the statistics'.
+    """
+    count, k = len(logits), len(statistics.classes)
+    if logits.shape[1:] != (k,) or (y is not None and len(y) and not 0 <= y.min() <= y.max() < k):
+        raise ValueError(f"logits {tuple(logits.shape)} or labels are not of {k} classes")
+    predicted = logits.argmax(1)
+    verdict = {}
+    if y is not None:
+        loss = loss_of_label(logits, y)
+        # On the training split this is what `pseudo_groups` says: one rule for every row.
+        passes = loss > statistics.threshold[y]
+        verdict = {
+            "y": y,
+            "loss": loss,
+            "score": (loss - statistics.mean[y]) / statistics.std[y],
+            "conflicting": (predicted != y) & (passes | statistics.by_error_set[y]),
+        }
+    return ScoreTable(
+        classes=statistics.classes,
+        path=np.array(paths, dtype=object),
+        split=np.full(count, split, dtype=object),
+        predicted=predicted.numpy(),
+        probabilities=logits.double().softmax(1).numpy(),
+        **{name: column.numpy() for name, column in verdict.items()},
+    )
+
+
+def score_split(
+    network: nn.Module,
+    config: ClassifierConfig,
+    images: Split | Tensor,
+    statistics: Statistics,
+    *,
+    y: Tensor | None = None,
+    paths: Sequence[str] | None = None,
+    split: str = "",
+    device: torch.device | str = "cpu",
+) -> ScoreTable:
+    """Ask an amplifier about images: a Split, which brings labels and paths, or pixels.
+
+    images: or uint8 (N, S, S, 3), the whole of each at the generator's size, as a Split's `small`;
+    y: (N,) int64; paths default to the numbers of the images. split: written into that column.
+    """
+    if isinstance(images, Split):
+        images, y, paths = images.small, images.y, images.paths
+    elif paths is None:
+        paths = [str(i) for i in range(len(images))]
+    logits = logits_of(network, images, config, device=torch.device(device), crop=False)
+    return table_of(logits, statistics, paths=paths, split=split, y=y)
+
+
+def joined(tables: Sequence[ScoreTable]) -> ScoreTable:
+    """The rows of tables one after the other; all are of the same classes, labelled or none."""
+    first = tables[0]
+    columns = {
+        name: np.concatenate([getattr(table, name) for table in tables])
+        for name, value in vars(first).items()
+        if name != "classes" and value is not None
+    }
+    return ScoreTable(classes=first.classes, **columns)
+
+
+def read_scores(path: Path, split: str = "train") -> Scores:
+    """The rows of one split of `scores.csv`; ValueError if it is none."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["split"] == split]
+        return Scores(
+            y=torch.tensor([int(r["y"]) for r in rows]),
+            predicted=torch.tensor([int(r["predicted"]) for r in rows]),
+            loss=torch.tensor([float(r["loss"]) for r in rows]),
+            score=torch.tensor([float(r["score"]) for r in rows]),
+            conflicting=torch.tensor([r["pseudo_conflicting"] == "1" for r in rows]),
+        )
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: not a table of scores with labels ({error!r})") from None
