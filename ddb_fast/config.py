@@ -277,6 +277,9 @@ class RunConfig:
     scores and report without a classifier."""
     seeds: tuple[int, ...] = (0,)
     """A classifier per method and seed; generator and amplifier are shared."""
+    audit: bool = True
+    """Judge whether there is a bias at all, which takes synthetic images without guidance and five
+    more trainings of the amplifier's length, and whether the generator copied training images."""
     selection: Literal[
         "last", "average_accuracy", "unbiased_accuracy", "worst_group_accuracy"
     ] = "last"  # fmt: skip
@@ -336,6 +339,9 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "synthetic": _SAMPLING,
     "amplifier": _AMPLIFIER,
     "scores": _SCORES,
+    "unguided": _SAMPLING,
+    "opinions": _AMPLIFIER,
+    "memorisation": _AMPLIFIER,
     "real-amplifier": _REAL_AMPLIFIER,
     "real-scores": _REAL_SCORES,
     "jtt-identification": (*_TARGET, "jtt.first_share"),

@@ -109,14 +109,23 @@ def load_diffusion(folder: Path) -> tuple[UNet, DiffusionConfig, tuple[str, ...]
     return unet.eval(), config, classes
 
 
-def synthesise(context: Context, diffusion_folder: Path, folder: Path, shards: Path) -> float:
+def synthesise(
+    context: Context,
+    diffusion_folder: Path,
+    folder: Path,
+    shards: Path,
+    *,
+    guidance_scale: float | None = None,
+) -> float:
     """Sample the synthetic set, sharded over processes and resumable; return this run's seconds.
 
+    guidance_scale: None for the configuration's; another one starts from the same noise.
     Image k depends on the weights, its label and its own seed only: every batch is padded to the
     configured size, so world size and interruptions do not change a byte.
     """
     began = time.monotonic()
     config, accelerator = context.config.sampling, context.accelerator
+    scale = config.guidance_scale if guidance_scale is None else guidance_scale
     unet, diffusion, _ = load_diffusion(diffusion_folder)
     unet.to(context.device)
     schedule = make_schedule(diffusion)
@@ -127,7 +136,8 @@ def synthesise(context: Context, diffusion_folder: Path, folder: Path, shards: P
     missing = [b for b in own if not (shards / f"{b:06d}.safetensors").exists()]
     total = sum(len(parts[b]) for b in own)
     start = total - sum(len(parts[b]) for b in missing)
-    bar = Progress(context.log, "synthetic", total=total, start=start, shown=shown)
+    stage = "synthetic" if guidance_scale is None else "unguided"
+    bar = Progress(context.log, stage, total=total, start=start, shown=shown)
     with bar:
         for b in missing:
             part = parts[b]
@@ -140,7 +150,7 @@ def synthesise(context: Context, diffusion_folder: Path, folder: Path, shards: P
                     target=diffusion.target,
                     sampler=config.sampler,
                     steps=config.steps,
-                    guidance_scale=config.guidance_scale,
+                    guidance_scale=scale,
                     clip_x0=config.clip_x0,
                     pixel_norm=diffusion.pixel_norm,
                     image_size=diffusion.image_size,

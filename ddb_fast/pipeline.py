@@ -40,6 +40,7 @@ from ddb_fast.generator import (
     train_diffusion,
 )
 from ddb_fast.methods import identify_errors, retrain_last_layer, train_method
+from ddb_fast.opinions import gather_opinions
 from ddb_fast.results import collect_results, table
 from ddb_fast.run_folder import RunFolder
 from ddb_fast.trackers import RunLog
@@ -156,6 +157,8 @@ def _run_stages(
 
     stage = Stages(folder, accelerator)
     scores = _amplify(context, stage, path) if config.amplifies else None
+    if config.amplifies and config.audit:
+        _audit(context, stage, path)
     real_scores = None
     if CONTROLS.intersection(config.methods):
         real_scores = _amplify_real(context, stage, path / "real_amplifier")
@@ -194,6 +197,30 @@ def _amplify(context: Context, stage: Stages, path: Path) -> Scores:
     resume = amplifier / "checkpoint.safetensors"
     stage("amplifier", lambda: train_amplifier(context, images, amplifier, resume), resume)
     return _score(context, stage, "scores", amplifier)
+
+
+def _audit(context: Context, stage: Stages, path: Path) -> None:
+    """What the verdict is judged from: amplifiers with and without guidance, and an ERM."""
+    sampling = context.config.sampling
+    if sampling.load is not None or sampling.guidance_scale <= 1:
+        given = "given" if sampling.load is not None else "sampled without guidance"
+        logger.info("no verdict on whether there is a bias: the synthetic images are %s", given)
+        return
+    audit, diffusion, guided = path / "audit", path / "diffusion", path / "synthetic"
+    plain, parts = audit / "unguided", audit / "parts"
+    shards = plain / "shards"
+    work = partial(synthesise, context, diffusion, plain, shards, guidance_scale=1.0)
+    stage("unguided", work, shards)
+    work = partial(
+        gather_opinions,
+        context,
+        guided=guided,
+        plain=plain,
+        amplifier=path / "amplifier",
+        folder=audit,
+        parts=parts,
+    )
+    stage("opinions", work, parts)
 
 
 def _amplify_real(context: Context, stage: Stages, amplifier: Path) -> Scores:

@@ -17,7 +17,9 @@ from ddb_fast.metrics import (
     precision_recall,
     summarise,
 )
+from ddb_fast.opinions import read_opinions
 from ddb_fast.tabular import COLUMNS, TEXTURE, caveats, markdown, percent, shown_metrics
+from ddb_fast.verdict import as_data, judge
 
 
 def collect_results(
@@ -66,6 +68,7 @@ def collect_results(
         "methods": methods,
         "synthetic": _synthetic(path / "synthetic" / "images.safetensors", data),
         "amplifier": None if scores is None else _amplifier(scores, data),
+        "verdict": _verdict(path / "audit", data),
         "real_amplifier": None if real_scores is None else _amplifier(real_scores, data),
         "seconds": seconds,
     }
@@ -82,6 +85,13 @@ def _synthetic(path: Path, data: ImageData) -> dict[str, Any] | None:
         share = groups.with_labels(labels, a).bias_aligned.double().mean().item()
         by = data.bias_of.__name__
     return {"count": len(labels), "aligned_share": share, "aligned_by": by}
+
+
+def _verdict(folder: Path, data: ImageData) -> dict[str, Any] | None:
+    if not (folder / "opinions.safetensors").exists():
+        return None
+    y = data.splits["train"].y
+    return as_data(judge(y, **vars(read_opinions(folder))), y, data.classes)
 
 
 def _amplifier(scores: Scores, data: ImageData) -> dict[str, Any]:
@@ -129,6 +139,8 @@ def findings(results: dict[str, Any]) -> list[str]:
     """What the run found out about the bias, a line each; only what was measured."""
     lines = []
     synthetic, amplifier = results["synthetic"], results["amplifier"]
+    if results["verdict"] is not None:
+        lines.append(results["verdict"]["sentences"][0])
     if synthetic is not None and synthetic["aligned_share"] is not None:
         lines.append(
             f"synthetic images that follow the bias: {100 * synthetic['aligned_share']:.1f} % "

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # A module may import those of its own layer and of lower ones.
 LAYERS = [
     {"kernels"},
-    {"models", "data", "metrics"},
+    {"models", "data", "metrics", "verdict"},
     {"recipes", "diffusion"},
     {"engine", "checkpoint", "trackers"},
     {
@@ -25,6 +25,7 @@ LAYERS = [
         "results",
         "report",
         "feasible",
+        "opinions",
     },
     {"pipeline", "sweep"},
     {"cli", "train"},
