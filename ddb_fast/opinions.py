@@ -15,12 +15,12 @@ from ddb_fast import checkpoint
 from ddb_fast.classification import (
     first_network,
     load_classifier,
-    logits_of,
     train_classifier,
 )
 from ddb_fast.context import Context
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.recipes import ERM
+from ddb_fast.scoring import logits_of
 
 FOLDS = 2
 

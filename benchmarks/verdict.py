@@ -1,0 +1,135 @@
+"""How often the verdict is right: Colored Digits from unbiased to strongly biased, many draws.
+
+python benchmarks/verdict.py --work DIR --out docs/verdict --rho 0.1 0.95 --draws 12
+
+Each set is written as a folder of PNG files by class, so that a run finds no bias label to look at;
+the same command continues, other sets add rows to the same table. A set takes two to three minutes
+of one core.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from finished import read_rows, write_rows
+from PIL import Image
+
+from ddb_fast.data.digits import digits
+
+
+def write_set(root: Path, rho: float, draw: int, mislabelled: float) -> dict[str, bool]:
+    """Write the training and validation images; whether each training path is in conflict.
+
+    mislabelled: share of the images that stand in the next class's folder.
+    """
+    conflicting = {}
+    strangers = np.random.default_rng(draw)
+    for entry in digits(rho, draw=draw).entries:
+        if entry.split == "test":
+            continue
+        y = (entry.y + (strangers.random() < mislabelled)) % 10
+        path = Path(entry.split, str(y), Path(entry.path).name)
+        if not (root / path).exists():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(entry.pixels).save(root / path)
+        if entry.split == "train":
+            conflicting[path.as_posix()] = entry.a != entry.y
+    return conflicting
+
+
+def row_of(run: Path, conflicting: dict[str, bool]) -> dict[str, Any]:
+    """What the run's verdict says, and how well the images it rests on are the conflicting ones."""
+    verdict = json.loads((run / "results.json").read_text("utf-8"))["verdict"]
+    unanimous, grown = verdict["checks"]
+    return {
+        "conflicting": sum(conflicting.values()),
+        "training_images": len(conflicting),
+        "found": verdict["found"],
+        "unanimous": unanimous["value"],
+        "unanimous_passed": unanimous["passed"],
+        "p_grown": grown["value"],
+        "grown_passed": grown["passed"],
+        "at_odds": verdict["suspicious"]["count"],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each kind of set: how many draws, in how many a bias was found, and by what."""
+    lines = [
+        "| rho | generator's images | mislabelled | in conflict | sets | bias found |"
+        " by unanimity | by growth | unanimous errors, lowest to highest |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    kinds = sorted({(-r["rho"], -r["images"], r["mislabelled"]) for r in rows}, reverse=True)
+    for rho, images, mislabelled in kinds:
+        of_kind = [
+            r
+            for r in rows
+            if (-r["rho"], -r["images"], r["mislabelled"]) == (rho, images, mislabelled)
+        ]
+        shares = [r["unanimous"] for r in of_kind if r["unanimous"] is not None]
+        counts = sorted({r["conflicting"] for r in of_kind})
+        cells = (
+            f"{-rho:g}",
+            f"{-images:,}",
+            f"{100 * mislabelled:g} %",
+            " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))),
+            len(of_kind),
+            sum(r["found"] for r in of_kind),
+            sum(r["unanimous_passed"] for r in of_kind),
+            sum(r["grown_passed"] for r in of_kind),
+            f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %" if shares else "no error",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for sets and runs")
+    parser.add_argument("--out", type=Path, required=True, help="OUT.json")
+    parser.add_argument("--rho", nargs="+", type=float, default=())
+    parser.add_argument("--draws", type=int, default=1, help="sets of each rho, drawn 1, 2, ...")
+    parser.add_argument("--first", type=int, default=1, help="number of the first draw")
+    parser.add_argument("--images", type=int, default=48_000, help="length of the generator")
+    parser.add_argument("--mislabelled", type=float, default=0.0, help="share of all images")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args(argv)
+    file = arguments.out.with_suffix(".json")
+    draws = range(arguments.first, arguments.first + arguments.draws)
+    for rho, draw in ((rho, draw) for draw in draws for rho in arguments.rho):
+        told = {"rho": rho, "images": arguments.images, "mislabelled": arguments.mislabelled}
+        told |= {"draw": draw}
+        if any(told.items() <= row.items() for row in read_rows(file)):
+            continue
+        folder = arguments.work / "-".join(f"{name}{value:g}" for name, value in told.items())
+        conflicting = write_set(folder / "images", rho, draw, arguments.mislabelled)
+        fields = {
+            "data": folder / "images",
+            "data.source": "folder",
+            "data.validation_share": 0,
+            "data.test_share": 0,
+            "diffusion.images": arguments.images,
+            "methods": "none",
+            "seed": draw,
+            "threads": arguments.threads,
+            "progress": "false",
+            "out": folder / "run",
+        }
+        words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+        command = [sys.executable, "-m", "ddb_fast.cli", "run", "digits", *words]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        # Read again: another process may have added its rows meanwhile.
+        row = {**told, **row_of(folder / "run", conflicting)}
+        write_rows(file, [*read_rows(file), row])
+        print(json.dumps(row), flush=True)
+    print(table(read_rows(file)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
