@@ -19,6 +19,10 @@ SHORT = {
     "data": ("data.path", "an image folder, a CSV (path, y[, a][, split]) or a published set"),
     "diffusion": ("diffusion.load", "start from this trained diffusion model's folder"),
     "synthetic": ("sampling.load", "start from these synthetic images, a folder per class"),
+    "scores": (
+        "pseudo_labels.load",
+        "start from this scores.csv of the training images",
+    ),
 }
 
 

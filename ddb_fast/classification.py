@@ -1,5 +1,8 @@
 """Classifiers: built, trained, saved and asked; the amplifier and its scores of real images."""
 
+import csv
+import io
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +20,15 @@ from ddb_fast.data.store import gather, resident
 from ddb_fast.engine import Sampler, Selection, fit, step_seed
 from ddb_fast.models.classifiers import build_classifier, linear_head, load_pretrained
 from ddb_fast.recipes import ERM
+from ddb_fast.scoring import (
+    COLUMNS,
+    joined,
+    logits_of,
+    loss_of_label,
+    table_of,
+    training_statistics,
+)
 from ddb_fast.scoring import Scores as Scores
-from ddb_fast.scoring import joined, logits_of, loss_of_label, table_of, training_statistics
 from ddb_fast.scoring import read_scores as read_scores
 
 
@@ -204,3 +214,43 @@ def score_images(context: Context, amplifier: Path, path: Path) -> None:
         for name, split in data.splits.items()
     ]
     joined(tables).write(path, probabilities=False)
+
+
+def import_scores(context: Context, path: Path) -> None:
+    """Take over scores of the training images (`--scores FILE`), after a look at what they are of.
+
+    Every training image needs one row with its path and class; rows of other images are left out.
+    ValueError names the first that is missing, doubled or of another class.
+    """
+    source, train = Path(context.config.pseudo_labels.load), context.data.splits["train"]
+    rows, known = {}, dict(zip(train.paths, train.y.tolist(), strict=True))
+    with source.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        for name in COLUMNS[2:]:
+            if name not in (reader.fieldnames or ()):
+                raise ValueError(f"{source}: no column {name}; name a run's amplifier/scores.csv")
+        for row in reader:
+            if row["path"] in rows:
+                raise ValueError(f"{source}: {row['path']} stands there twice")
+            if row["path"] in known:
+                rows[row["path"]] = row
+    for name, y in known.items():
+        if name not in rows:
+            raise ValueError(f"{source}: no row of training image {name}")
+        if rows[name]["y"] != str(y):
+            raise ValueError(f"{source}: {name} is of class {rows[name]['y']} there, {y} here")
+    for name, row in rows.items():
+        try:
+            fine = math.isfinite(float(row["loss"])) and math.isfinite(float(row["score"]))
+            fine = fine and 0 <= int(row["predicted"]) < len(context.data.classes)
+        except (TypeError, ValueError):
+            fine = False
+        if not fine or row["pseudo_conflicting"] not in ("0", "1"):
+            raise ValueError(f"{source}: {name}: a figure is missing or out of range")
+    if context.accelerator.is_main_process:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        for index, name in enumerate(train.paths):
+            writer.writerow({**rows[name], "index": index, "split": "train"})
+        checkpoint.write_atomically(path, text.getvalue())

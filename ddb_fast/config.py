@@ -198,6 +198,9 @@ class ClassifierConfig(Optimisation):
 class PseudoLabelConfig:
     """Which real images the amplifier's verdict calls bias-conflicting (paper, Recipe I)."""
 
+    load: str | None = None
+    """A scores.csv of the training images, another run's or one you have gone over (`--scores`):
+    enter the road after the amplifier."""
     gamma: float = 3.0
     stats_over: Literal["all", "correct", "wrong"] = "correct"
     """Open in the paper: images of a class over which the loss's mean and deviation are taken."""
@@ -318,9 +321,14 @@ class RunConfig:
                     raise ValueError(f"{name}: {number} is outside {low} to {high}")
 
     @property
-    def amplifies(self) -> bool:
-        """Whether the amplifier trained on synthetic images is needed."""
+    def scored(self) -> bool:
+        """Whether scores of the training images are needed: by a method, or as all there is."""
         return not self.methods or not AMPLIFIED.isdisjoint(self.methods)
+
+    @property
+    def amplifies(self) -> bool:
+        """Whether the amplifier is trained on synthetic images here."""
+        return self.scored and self.pseudo_labels.load is None
 
 
 # The fields that the results of each stage depend on; `data.path` is left out (below) because the

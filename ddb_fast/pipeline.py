@@ -21,8 +21,7 @@ from accelerate import Accelerator
 from ddb_fast import report
 from ddb_fast.checkpoint import write_atomically
 from ddb_fast.classification import (
-    Scores,
-    read_scores,
+    import_scores,
     score_images,
     train_amplifier,
 )
@@ -43,6 +42,7 @@ from ddb_fast.methods import identify_errors, retrain_last_layer, train_method
 from ddb_fast.opinions import gather_opinions
 from ddb_fast.results import collect_results, table
 from ddb_fast.run_folder import RunFolder
+from ddb_fast.scoring import Scores, read_scores
 from ddb_fast.trackers import RunLog
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,11 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -
     if config.sampling.load is not None:
         source = Path(config.sampling.load).resolve()
         config = replace(config, sampling=replace(config.sampling, load=str(source)))
+    if config.pseudo_labels.load is not None:
+        source = Path(config.pseudo_labels.load).resolve()
+        if not source.is_file():
+            raise ValueError(f"{source}: no such file; name a run's amplifier/scores.csv")
+        config = replace(config, pseudo_labels=replace(config.pseudo_labels, load=str(source)))
     if "dfr" in config.methods and "erm" not in config.methods:
         logger.info("dfr gives erm's network another last layer: erm is trained and reported too")
         config = replace(config, methods=("erm", *config.methods))
@@ -156,9 +161,15 @@ def _run_stages(
     folder.record()
 
     stage = Stages(folder, accelerator)
-    scores = _amplify(context, stage, path) if config.amplifies else None
-    if config.amplifies and config.audit:
-        _audit(context, stage, path)
+    scores = None
+    if config.amplifies:
+        scores = _amplify(context, stage, path)
+        if config.audit:
+            _audit(context, stage, path)
+    elif config.scored:
+        given = path / "amplifier" / "scores.csv"
+        stage("scores", lambda: import_scores(context, given))
+        scores = read_scores(given)
     real_scores = None
     if CONTROLS.intersection(config.methods):
         real_scores = _amplify_real(context, stage, path / "real_amplifier")

@@ -6,6 +6,7 @@ further than it got.
 """
 
 import fcntl
+import hashlib
 import json
 import platform
 import subprocess
@@ -66,7 +67,11 @@ class RunFolder:
     def __init__(self, config: RunConfig, *, fingerprint: str, device: str, writes: bool):
         self.path = Path(config.out)
         self._config, self._writes = config, writes
-        self._fingerprint = fingerprint
+        # Contents, not places: of the data, and of scores that were given.
+        self._contents = {"data.fingerprint": fingerprint}
+        if config.pseudo_labels.load is not None:
+            scores = Path(config.pseudo_labels.load).read_bytes()
+            self._contents["pseudo_labels.load"] = hashlib.sha256(scores).hexdigest()[:16]
         self._lock: IO[str] | None = None
         self._manifest_path = self.path / "manifest.json"
         self._stages: dict[str, dict[str, Any]] = {}
@@ -108,8 +113,9 @@ class RunFolder:
             self._lock.close()
 
     def _fields(self, key: str) -> dict[str, Any]:
-        stage = key.split("/")[0]
-        return {**stage_fields(self._config, stage), "data.fingerprint": self._fingerprint}
+        fields = stage_fields(self._config, key.split("/")[0])
+        contents = {n: v for n, v in self._contents.items() if n in fields or n.startswith("data.")}
+        return {**fields, **contents}
 
     def _refuse_differences(self) -> None:
         differences, defaults = {}, default_fields()

@@ -10,7 +10,7 @@ import io
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,15 @@ class ScoreTable:
                 named[f"probability_of_{name}"] = np.ascontiguousarray(column)
         return named
 
+    def where(self, rows: np.ndarray) -> "ScoreTable":
+        """The rows that `rows`, (N,) bool or indices, picks."""
+        picked = {
+            name: column[rows]
+            for name, column in vars(self).items()
+            if name != "classes" and column is not None
+        }
+        return replace(self, **picked)
+
     def tensors(self, split: str) -> Scores:
         """The rows of one split, as the recipes take them; ValueError for a table without labels.
 
@@ -235,6 +244,8 @@ def table_format(path: str | Path | None, format: str | None = None) -> str:
 
     ValueError, one line, for another one, and for parquet without a path or without pyarrow.
     """
+    if path is not None and Path(path).is_dir():
+        raise ValueError(f"{path}: a folder; name a file")
     if format is None:
         format = "csv" if path is None else Path(path).suffix.lower().lstrip(".")
     if format not in FORMATS:
@@ -270,6 +281,8 @@ def table_of(
     count, k = len(logits), len(statistics.classes)
     if logits.shape[1:] != (k,) or (y is not None and len(y) and not 0 <= y.min() <= y.max() < k):
         raise ValueError(f"logits {tuple(logits.shape)} or labels are not of {k} classes")
+    if len(paths) != count:
+        raise ValueError(f"{len(paths)} paths for {count} images")
     predicted = logits.argmax(1)
     verdict = {}
     if y is not None:
@@ -284,7 +297,7 @@ def table_of(
         }
     return ScoreTable(
         classes=statistics.classes,
-        path=np.array(paths, dtype=object),
+        path=np.array(list(paths), dtype=object),
         split=np.full(count, split, dtype=object),
         predicted=predicted.numpy(),
         probabilities=logits.double().softmax(1).numpy(),
@@ -328,10 +341,12 @@ def joined(tables: Sequence[ScoreTable]) -> ScoreTable:
 
 
 def read_scores(path: Path, split: str = "train") -> Scores:
-    """The rows of one split of `scores.csv`; ValueError if it is none."""
+    """The rows of one split of `scores.csv`; ValueError if it is none, or has none of them."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == split]
+        if not rows:
+            raise KeyError(split)
         return Scores(
             y=torch.tensor([int(r["y"]) for r in rows]),
             predicted=torch.tensor([int(r["predicted"]) for r in rows]),

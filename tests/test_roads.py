@@ -13,7 +13,7 @@ from PIL import Image
 
 import small
 from authors_network import authors_network
-from ddb_fast import cli
+from ddb_fast import cli, scoring
 from ddb_fast.data.digits import digits
 from ddb_fast.generator import load_diffusion
 from ddb_fast.train import main
@@ -118,6 +118,60 @@ def test_the_audit_alone_trains_no_classifier_and_then_grows(two_digits, tmp_pat
     with pytest.raises(SystemExit, match="2"):
         run(*command, methods="none erm")
     assert "or none alone" in capsys.readouterr().err
+
+
+def test_given_scores_replace_generator_and_amplifier(two_digits, tmp_path, capsys):
+    """Scores gone over by hand: one more image marked, rows in another order, another split."""
+    with (two_digits / "table.csv").open(newline="") as file:
+        entries = [row for row in csv.DictReader(file) if row["split"] == "train"]
+    rows = [
+        {
+            "path": f"{row['path']}",
+            "y": row["y"],
+            "predicted": row["a"],
+            "loss": "2.5" if row["a"] != row["y"] else "0.125",
+            "probability_y": "0",
+            "score": "4" if row["a"] != row["y"] else "0",
+            "pseudo_conflicting": str(int(row["a"] != row["y"])),
+            "by": "hand",
+        }
+        for row in reversed(entries)
+    ]
+    given = tmp_path / "given.csv"
+
+    def write(rows):
+        with given.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write(rows)
+    out = tmp_path / "out"
+    command = ["tiny", "--data", two_digits, "--out", out, "--scores", given]
+    assert run(*command, methods="ddb-i ddb-ii") == 0
+    assert not (out / "diffusion").exists() and not (out / "synthetic").exists()
+    kept = scoring.read_scores(out / "amplifier" / "scores.csv")
+    conflicting = sum(row["a"] != row["y"] for row in entries)
+    assert kept.conflicting.sum() == conflicting > 0
+    assert torch.equal(kept.conflicting, kept.predicted != kept.y)
+    results = json.loads((out / "results.json").read_text())
+    assert results["verdict"] is None and list(results["methods"]) == ["ddb-i", "ddb-ii"]
+
+    for number, (broken, said) in enumerate(
+        [
+            (rows[:-1], f"no row of training image {rows[-1]['path']}"),
+            ([*rows, rows[3]], f"{rows[3]['path']} stands there twice"),
+            ([{**rows[0], "y": "7"}, *rows[1:]], "is of class 7 there"),
+            ([{**rows[0], "loss": "nan"}, *rows[1:]], "a figure is missing"),
+            ([{**rows[0], "predicted": "2"}, *rows[1:]], "a figure is missing"),
+            ([{k: v for k, v in row.items() if k != "loss"} for row in rows], "no column loss"),
+        ]
+    ):
+        write(broken)
+        command[command.index("--out") + 1] = tmp_path / f"refused{number}"
+        assert run(*command, methods="ddb-ii") == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / f"refused{number}" / "amplifier").exists()
 
 
 def test_a_refused_method_leaves_a_finished_run_as_it_was(two_digits, tmp_path, capsys):

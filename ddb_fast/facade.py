@@ -1,0 +1,179 @@
+"""The whole road in four lines of Python; the same stages, folders and files as the command line.
+
+data = load_data("photos"); amplifier = fit_amplifier(data, preset="tiny")
+scores = amplifier.score(data.train); model = debias(data, scores, method="ddb-ii")
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddb_fast import apply
+from ddb_fast.config import AMPLIFIED, DataConfig, RunConfig, with_fields
+from ddb_fast.data.listing import Listing
+from ddb_fast.data.sources import open_listing
+from ddb_fast.presets import load_config
+from ddb_fast.pretrained import BiasAmplifier, Classifier
+from ddb_fast.provenance import FinishedRun
+from ddb_fast.scoring import ScoreTable
+from ddb_fast.train import run
+from ddb_fast.use_run import data_config
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One split of the images: paths and class numbers (N,), in the order of a table's rows."""
+
+    data: "Data"
+    split: str
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(e.path for e in self.data.listing.entries if e.split == self.split)
+
+    @property
+    def y(self) -> Tensor:
+        return torch.tensor([e.y for e in self.data.listing.entries if e.split == self.split])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Images of a source, listed and not yet decoded."""
+
+    config: DataConfig
+    listing: Listing
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.listing.classes
+
+    @property
+    def train(self) -> Part:
+        return Part(self, "train")
+
+    @property
+    def val(self) -> Part:
+        return Part(self, "val")
+
+    @property
+    def test(self) -> Part:
+        return Part(self, "test")
+
+
+def load_data(path: str | Path, *, source: str | None = None, rho: float | None = None) -> Data:
+    """List the images of a folder, a CSV or a published set; `digits` is embedded.
+
+    source: what lies at `path`, as `ddb-fast data --as` has it; a folder or a CSV without it. rho:
+    share of aligned images, where there is a choice. ValueError, one line, for what is not there or
+    laid out otherwise.
+    """
+    config = data_config(DataConfig(), str(path), source, rho)
+    return Data(config, open_listing(config))
+
+
+def _configured(
+    data: Data, preset: str, out: str | Path | None, fields: Mapping[str, Any] | None, **own: Any
+) -> RunConfig:
+    base = load_config(preset)
+    which = ("source", "path", "rho", "validation_share", "test_share")
+    here = replace(base.data, **{name: getattr(data.config, name) for name in which})
+    changes = {**(fields or {}), **own}
+    if out is not None:
+        changes["out"] = str(out)
+    return with_fields(replace(base, data=here), changes)
+
+
+@dataclass(frozen=True, eq=False)
+class Amplifier:
+    """The bias amplifier of a finished run, and what the run found."""
+
+    finished: FinishedRun
+    device: torch.device
+
+    def score(self, images: Part | Data) -> ScoreTable:
+        """A row for each image of a split, or of all: prediction, loss, score, pseudo label.
+
+        Images are read from where they lie. ValueError as `ddb-fast score`.
+        """
+        data = images if isinstance(images, Data) else images.data
+        corrupt = self.finished.config.data.corrupt
+        table = apply.score(self.finished, data.config, corrupt=corrupt, device=self.device)
+        return table if images is data else table.where(table.split == images.split)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The contents of the run's results.json, the verdict on whether there is a bias in it."""
+        return json.loads((self.finished.path / "results.json").read_text("utf-8"))
+
+    @property
+    def report(self) -> Path:
+        """The page to look at."""
+        return self.finished.path / "report.html"
+
+    def model(self) -> BiasAmplifier:
+        """The network, to keep (`save_pretrained`) or to ask."""
+        return BiasAmplifier.from_run(self.finished.path)
+
+
+def fit_amplifier(
+    data: Data,
+    *,
+    preset: str = "tiny",
+    out: str | Path | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Amplifier:
+    """Train the generator, sample synthetic images and train the amplifier on them alone.
+
+    out: the run's folder, the preset's own without it; the same call again resumes there. fields:
+    any field of the configuration by its dotted name, `{"diffusion.images": 64_000}`. ValueError as
+    `ddb-fast run`.
+    """
+    config = _configured(data, preset, out, fields, methods="none")
+    run(config)
+    return Amplifier(FinishedRun.open(config.out), _device())
+
+
+def debias(
+    data: Data,
+    scores: ScoreTable,
+    *,
+    method: str = "ddb-ii",
+    preset: str = "tiny",
+    out: str | Path | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Classifier:
+    """Train a classifier that does not rely on the shortcut, from the scores of its images.
+
+    scores: of every training image, changed by hand or not. method: one of the ddb methods. out: a
+    folder of its own, `<the preset's>-<method>` without it. fields: as `fit_amplifier`; ddb-i goes
+    by `conflicting`, ddb-ii by `loss`, the other two by `predicted`.
+
+    Raises:
+        ValueError: another method; scores without labels, or not of every training image.
+    """
+    if method not in AMPLIFIED:
+        known = ", ".join(sorted(AMPLIFIED))
+        raise ValueError(f"method {method!r} takes no scores; one of {known}")
+    if scores.y is None:
+        raise ValueError("images without labels have no scores to train with")
+    if out is None:
+        out = f"{load_config(preset).out}-{method}"
+    with tempfile.TemporaryDirectory() as folder:
+        given = Path(folder) / "scores.csv"  # the run keeps a copy, and goes by contents
+        scores.write(given)
+        own = {"methods": (method,), "pseudo_labels.load": str(given)}
+        run(_configured(data, preset, out, fields, **own))
+    return Classifier.from_run(out, method=method)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

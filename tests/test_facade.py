@@ -1,0 +1,97 @@
+"""Four lines of Python: the same files and figures as the command line's."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+import ddb_fast
+import small
+from ddb_fast import scoring
+from ddb_fast.provenance import FinishedRun
+
+FIELDS = {k: v for k, v in small.FIELDS.items() if k not in ("methods", "seeds", "data.rho")}
+FIELDS |= {"audit": False, "classifier.images": 640}
+
+
+@pytest.fixture(autouse=True)
+def one_process_many_runs():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    data = ddb_fast.load_data("digits", rho=0.9)
+    out = tmp_path_factory.mktemp("facade") / "run"
+    amplifier = ddb_fast.fit_amplifier(data, preset="digits", out=out, fields=FIELDS)
+    return data, amplifier
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, ddb_fast; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'fit'"):
+        _ = ddb_fast.fit
+
+
+def test_scores_are_the_runs_own(fitted):
+    data, amplifier = fitted
+    scores = amplifier.score(data.train)
+    kept = scoring.read_scores(amplifier.finished.path / "amplifier" / "scores.csv")
+    assert list(scores.path) == list(data.train.paths) and len(scores) == len(data.train) == 1164
+    assert torch.equal(torch.from_numpy(scores.y), data.train.y)
+    np.testing.assert_allclose(scores.score, kept.score, rtol=1e-6)
+    np.testing.assert_array_equal(scores.conflicting, kept.conflicting)
+    assert len(amplifier.score(data)) == 6333
+    assert amplifier.report.exists() and amplifier.results["methods"] == {}
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    assert amplifier.model()(images).shape == (2, 10)
+
+
+def test_a_classifier_is_trained_from_scores_changed_by_hand(fitted, tmp_path):
+    data, amplifier = fitted
+    scores = amplifier.score(data.train)
+    truth = torch.tensor([e.a != e.y for e in data.listing.entries if e.split == "train"])
+    scores.conflicting[:] = truth.numpy()
+    out = tmp_path / "ddb-i"
+    call = {"method": "ddb-i", "preset": "digits", "out": out, "fields": FIELDS}
+    model = ddb_fast.debias(data, scores, **call)
+    assert model(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)).shape == (1, 10)
+    kept = scoring.read_scores(out / "amplifier" / "scores.csv")
+    assert torch.equal(kept.conflicting, truth)
+    assert not (out / "diffusion").exists()
+    results = (out / "results.json").read_text()
+    assert json.loads(results)["amplifier"]["pseudo_recall"] == 1.0
+    weights = (out / "classifiers/ddb-i/seed0/model.safetensors").stat().st_mtime_ns
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    ddb_fast.debias(data, scores, **call)
+    again = (out / "classifiers/ddb-i/seed0/model.safetensors").stat().st_mtime_ns
+    assert again == weights, "the same scores from another file: nothing is trained again"
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    scores.conflicting[0] ^= True
+    with pytest.raises(ValueError, match=r"pseudo_labels\.load is"):
+        ddb_fast.debias(data, scores, **call)
+
+
+def test_refusals(fitted, tmp_path):
+    data, amplifier = fitted
+    scores = amplifier.score(data.train)
+    with pytest.raises(ValueError, match="takes no scores; one of ddb-i"):
+        ddb_fast.debias(data, scores, method="erm")
+    half = scores.where(np.arange(len(scores)) % 2 == 0)
+    with pytest.raises(ValueError, match="no row of training image"):
+        ddb_fast.debias(data, half, preset="digits", out=tmp_path / "half", fields=FIELDS)
+    with pytest.raises(ValueError, match="nowhere"):
+        ddb_fast.load_data(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"unknown field: diffusion\.imagez"):
+        ddb_fast.fit_amplifier(data, preset="digits", fields={"diffusion.imagez": 3})
+    assert FinishedRun.open(amplifier.finished.path).classifiers == {}
