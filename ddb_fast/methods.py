@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ddb_fast.classification import (
 )
 from ddb_fast.config import ClassifierConfig
 from ddb_fast.context import Context
+from ddb_fast.data.groups import Groups
 from ddb_fast.data.samplers import GroupBalancedSampler, ShuffledSampler
 from ddb_fast.engine import Sampler, Selection, step_seed
 from ddb_fast.metrics import (
@@ -186,20 +188,39 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics and group table of a classifier on one split; {"metrics", "groups"}."""
     data = context.data
-    images = data.splits[split]
+    images, train_groups = data.splits[split], data.groups("train")
     logits = logits_of(network, images.large, config, device=context.device, crop=True)
-    correct = logits.argmax(1) == images.y
-    groups, train_groups = data.groups(split), data.groups("train")
-    values, table = accuracies(correct), []
+    return measure(
+        logits.argmax(1) == images.y,
+        images.y,
+        groups=data.groups(split),
+        train_counts=None if train_groups is None else train_groups.counts,
+        factors=data.factors,
+        clusters=images.clusters,
+    )
+
+
+def measure(
+    correct: Tensor,
+    y: Tensor,
+    *,
+    groups: Groups | None = None,
+    train_counts: Tensor | None = None,
+    factors: Sequence[tuple[str, int]] = (),
+    clusters: Tensor | None = None,
+) -> dict[str, Any]:
+    """Every metric that the labels allow, and the group table; {"metrics", "groups"}.
+
+    correct: (N,) bool; y: (N,). train_counts: as `metrics.accuracies`; factors and clusters as
+    ImageData and Split have them.
+    """
+    values, table = accuracies(correct, groups, train_counts=train_counts), []
     if groups is not None:
-        values = accuracies(correct, groups, train_counts=train_groups.counts)
         table = group_table(correct, groups)
-        if data.factors:
-            values |= factor_gaps(correct, groups, data.factors, train_counts=train_groups.counts)
-    if images.clusters is not None:
-        values["texture_unbiased_accuracy"] = texture_unbiased_accuracy(
-            correct, images.y, images.clusters
-        )
+        if factors:
+            values |= factor_gaps(correct, groups, factors, train_counts=train_counts)
+    if clusters is not None:
+        values["texture_unbiased_accuracy"] = texture_unbiased_accuracy(correct, y, clusters)
     return {"metrics": to_null(values), "groups": table}
 
 

@@ -182,7 +182,7 @@ class ScoreTable:
         return named
 
     def where(self, rows: np.ndarray) -> "ScoreTable":
-        """The rows that `rows`, (N,) bool or indices, picks."""
+        """The rows that `rows`, a mask (N,) bool or indices in any order, picks."""
         picked = {
             name: column[rows]
             for name, column in vars(self).items()
@@ -197,9 +197,9 @@ class ScoreTable:
         """
         if self.y is None:
             raise ValueError("images without labels have no scores to train with")
-        chosen = self.split == split
-        parts = (self.y, self.predicted, self.loss, self.score.astype(np.float32), self.conflicting)
-        return Scores(*(torch.from_numpy(part[chosen]) for part in parts))
+        own = self.where(self.split == split)
+        parts = (own.y, own.predicted, own.loss, own.score.astype(np.float32), own.conflicting)
+        return Scores(*map(torch.from_numpy, parts))
 
     def text(self, format: str = "csv", *, probabilities: bool = True) -> str:
         """The table as CSV (floats to 9 digits) or as JSON, a list of objects, one a line."""

@@ -27,8 +27,8 @@ LAYERS = [
         "feasible",
         "opinions",
     },
-    {"pipeline", "sweep"},
-    {"cli", "train"},
+    {"pipeline", "sweep", "apply", "evaluation"},
+    {"cli", "train", "use_run"},
 ]
 STDLIB_ONLY = {
     *("config", "presets", "benchmark_presets", "arguments"),

@@ -6,6 +6,9 @@ step with `batch(step * W + r, batch_size_per_rank)`. Randomness is the raw outp
 counter generator, which NumPy keeps the same across its versions.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -92,3 +95,24 @@ class GroupBalancedSampler:
         group = (uniform[:, 0] * len(self._counts)).astype(np.int64)
         member = (uniform[:, 1] * self._counts[group]).astype(np.int64)
         return torch.from_numpy(self._order[self._starts[group] + member])
+
+
+@dataclass
+class DataLoaderBatches:
+    """A sampler of this module as the `batch_sampler` of a torch DataLoader.
+
+    An epoch is `steps` batches of indices; the next one goes on where it ended, at batch `step`.
+    """
+
+    sampler: ShuffledSampler | GroupBalancedSampler
+    batch_size: int
+    steps: int
+    step: int = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self.steps):
+            self.step += 1
+            yield self.sampler.batch(self.step - 1, self.batch_size).tolist()

@@ -177,14 +177,16 @@ def batches(
         OSError: an image could not be read.
     """
 
-    def decode(entry: Entry) -> Tensor | BrokenImageError:
+    def decode(entry: Entry) -> Tensor | str:
         try:
             embedded = isinstance(entry.pixels, np.ndarray)
             image = Image.fromarray(entry.pixels) if embedded else read_image(entry.pixels)
         except BrokenImageError as error:
-            return error
+            return str(error)  # not the exception, which would keep the file's bytes alive
         return fitted(image).permute(1, 2, 0)
 
+    if not entries:
+        return
     kept: list[tuple[Entry, Tensor]] = []
     broken: list[str] = []
     bar = tqdm(total=len(entries), desc=f"{title:>24}", unit="img", disable=None)

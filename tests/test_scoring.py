@@ -1,0 +1,261 @@
+"""Scores worked by hand, the table they stand in, and the files it becomes."""
+
+import csv
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score
+from torch import nn
+
+from ddb_fast.config import ClassifierConfig, PseudoLabelConfig
+from ddb_fast.data.store import Split
+from ddb_fast.scoring import (
+    COLUMNS,
+    joined,
+    read_scores,
+    score_split,
+    table_format,
+    table_of,
+    training_statistics,
+)
+
+RULES = PseudoLabelConfig()
+CONFIG = ClassifierConfig(images=1, batch_size=1, image_size=4, pixel_norm="symmetric")
+
+
+def logits_of_losses(y, losses):
+    """Two classes, and the label's probability is exp(-loss)."""
+    rows = []
+    for label, loss in zip(y, losses, strict=True):
+        row = [math.log(1 - math.exp(-loss))] * 2
+        row[label] = -loss
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+@pytest.fixture
+def statistics():
+    """Class cat: losses 0.1, 0.2, 0.3, all right, and 5 wrong; class dog: 0.1, 0.3."""
+    y = torch.tensor([0, 0, 0, 0, 1, 1])
+    loss = torch.tensor([0.1, 0.2, 0.3, 5.0, 0.1, 0.3])
+    predicted = torch.tensor([0, 0, 0, 1, 1, 1])
+    return training_statistics(loss, predicted, y, ("cat", "dog"), RULES)
+
+
+def test_statistics_are_those_of_the_right_ones(statistics):
+    spread = math.sqrt((0.01 + 0 + 0.01) / 3)
+    torch.testing.assert_close(statistics.mean, torch.tensor([0.2, 0.2]).double())
+    torch.testing.assert_close(statistics.std, torch.tensor([spread, 0.1]).double())
+    expected = torch.tensor([0.2 + 3 * spread, 0.5]).double()
+    torch.testing.assert_close(statistics.threshold, expected)
+    assert statistics.by_error_set.tolist() == [False, False]
+
+
+def test_three_images_by_hand(statistics):
+    """As usual; misclassified and far above; right, though above the threshold 0.5."""
+    y = torch.tensor([0, 0, 1])
+    logits = logits_of_losses(y.tolist(), [0.2, 0.9, 0.6])
+    table = table_of(logits, statistics, paths=["a.png", "b.png", "c.png"], split="new", y=y)
+    assert table.predicted.tolist() == [0, 1, 1]
+    assert table.loss.dtype == np.float32
+    assert table.loss == pytest.approx([0.2, 0.9, 0.6])
+    assert table.score == pytest.approx([0, 0.7 / math.sqrt(0.02 / 3), 4], abs=1e-5)
+    assert table.conflicting.tolist() == [False, True, False]
+    expected = torch.softmax(logits, dim=1).numpy()
+    assert table.probabilities == pytest.approx(expected, abs=1e-6)
+    assert table.columns()["probability_y"] == pytest.approx(np.exp([-0.2, -0.9, -0.6]))
+    assert accuracy_score(y, table.predicted) == 2 / 3
+
+
+def test_a_class_where_nothing_passes_takes_its_errors_elsewhere_too(caplog):
+    y = torch.tensor([0, 0, 0, 1, 1])
+    loss = torch.tensor([0.1, 0.5, 0.8, 0.2, 0.2])
+    predicted = torch.tensor([0, 0, 1, 1, 1])
+    with caplog.at_level("WARNING", logger="ddb_fast.scoring"):
+        found = training_statistics(loss, predicted, y, ("cat", "dog"), RULES)
+    assert found.by_error_set.tolist() == [True, False] and "class cat" in caplog.text
+    new = torch.tensor([0, 0, 1])
+    table = table_of(logits_of_losses([0, 0, 1], [0.8, 0.1, 0.7]), found, paths=[*"abc"], y=new)
+    assert table.predicted.tolist() == [1, 0, 0]
+    assert table.conflicting.tolist() == [True, False, True]
+    everywhere = PseudoLabelConfig(filter="none")
+    found = training_statistics(loss, predicted, y, ("cat", "dog"), everywhere)
+    assert found.by_error_set.all()
+
+
+class Answers(nn.Module):
+    """A network that knows what to say of each grey level."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.register_buffer("logits", logits)
+
+    def forward(self, x):
+        return self.logits[(x[:, 0, 0, 0] * 127.5 + 127.5).round().long()]
+
+
+def test_a_split_and_plain_pixels_are_asked_alike(statistics):
+    y = torch.arange(300) % 2
+    losses = torch.linspace(0.01, 2, 300).tolist()
+    network = Answers(logits_of_losses(y.tolist(), losses)[:256])
+    grey = torch.arange(300).remainder(256).byte()
+    pixels = grey.view(-1, 1, 1, 1).expand(-1, 8, 8, 3)
+    paths = tuple(f"{i}.png" for i in range(300))
+    split = Split(paths=paths, y=y, a=None, small=pixels, large=pixels)
+    table = score_split(network, CONFIG, split, statistics, split="val")
+    assert table.path.tolist() == list(paths) and set(table.split) == {"val"}
+    assert table.loss[:256] == pytest.approx(losses[:256], rel=1e-5)
+    again = score_split(network, CONFIG, pixels, statistics, y=y, paths=paths, split="val")
+    assert again.text() == table.text()
+    blind = score_split(network, CONFIG, pixels, statistics)
+    assert blind.path[7] == "7" and blind.score is None
+    assert np.array_equal(blind.probabilities, table.probabilities)
+    wrong = torch.full((300,), 2)
+    with pytest.raises(ValueError, match="not of 2 classes"):
+        score_split(network, CONFIG, pixels, statistics, y=wrong)
+
+
+@pytest.fixture
+def table(statistics):
+    parts = []
+    for split, y, losses in (("train", [0, 1], [0.2, 0.9]), ("test", [1], [0.25])):
+        parts.append(
+            table_of(
+                logits_of_losses(y, losses),
+                statistics,
+                paths=[f'{split}, "{i}".png' for i in range(len(y))],
+                split=split,
+                y=torch.tensor(y),
+            )
+        )
+    return joined(parts)
+
+
+def test_tables_are_joined_row_by_row(table):
+    assert len(table) == 3 and table.split.tolist() == ["train", "train", "test"]
+    assert table.y.tolist() == [0, 1, 1] and table.probabilities.shape == (3, 2)
+    train = table.tensors("train")
+    assert train.y.tolist() == [0, 1] and train.conflicting.tolist() == [False, True]
+    assert train.score.dtype == torch.float32 and train.loss.dtype == torch.float32
+    train.loss.zero_()
+    assert table.loss.min() > 0
+
+
+def test_rows_are_chosen_by_mask_or_in_an_order(table, statistics):
+    worst = table.where(table.score.argsort()[::-1])
+    assert worst.score.tolist() == sorted(table.score, reverse=True)
+    assert worst.path[0] == 'train, "1".png' and worst.classes == table.classes
+    assert table.where(table.split == "test").y.tolist() == [1]
+    blind = table_of(logits_of_losses([0, 1], [0.2, 0.9]), statistics, paths=["a", "b"])
+    assert blind.where(np.array([1])).y is None
+
+
+def test_csv_holds_every_column_and_reads_back(table, tmp_path):
+    path = tmp_path / "new" / "scores.csv"
+    table.write(path)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [*COLUMNS, "probability_of_cat", "probability_of_dog"]
+    assert [row["index"] for row in rows] == ["0", "1", "2"]
+    assert [row["pseudo_conflicting"] for row in rows] == ["0", "1", "0"]
+    for row in rows:
+        of_label = row["probability_of_dog" if row["y"] == "1" else "probability_of_cat"]
+        assert float(of_label) == pytest.approx(float(row["probability_y"]), rel=1e-6)
+    back = read_scores(path, "train")
+    for name in ("y", "predicted", "loss", "conflicting"):
+        assert torch.equal(getattr(back, name), getattr(table.tensors("train"), name)), name
+    torch.testing.assert_close(back.score, table.tensors("train").score)
+    assert not list(tmp_path.rglob("*.part"))
+    table.write(path, probabilities=False)
+    assert path.read_text().splitlines()[0] == ",".join(COLUMNS)
+
+
+def test_json_is_a_list_of_rows(table, tmp_path):
+    table.write(tmp_path / "scores.json")
+    rows = json.loads((tmp_path / "scores.json").read_text())
+    assert [row["path"] for row in rows] == table.path.tolist()
+    assert rows[1]["pseudo_conflicting"] is True and rows[0]["y"] == 0
+    assert [row["score"] for row in rows] == table.score.tolist()
+
+
+def test_parquet_keeps_types(table, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs pyarrow")
+    table.write(tmp_path / "scores.parquet")
+    read = parquet.read_table(tmp_path / "scores.parquet").to_pydict()
+    assert list(read) == [*COLUMNS, "probability_of_cat", "probability_of_dog"]
+    assert read["score"] == table.score.tolist() and read["path"] == table.path.tolist()
+    assert read["pseudo_conflicting"] == [False, True, False]
+
+
+def test_columns_make_a_data_frame(table):
+    pandas = pytest.importorskip("pandas", reason="a frame needs pandas")
+    frame = pandas.DataFrame(table.columns())
+    assert frame.sort_values("score")["index"].tolist() == np.argsort(table.score).tolist()
+    assert frame["pseudo_conflicting"].dtype == bool
+
+
+def test_without_labels_there_are_predictions_and_nothing_else(statistics):
+    logits = logits_of_losses([0, 1], [0.2, 0.9])
+    table = table_of(logits, statistics, paths=["a.png", "b.png"])
+    assert (table.y, table.loss, table.score, table.conflicting) == (None,) * 4
+    rows = list(csv.DictReader(io.StringIO(table.text())))
+    for name in ("split", "y", "loss", "probability_y", "score", "pseudo_conflicting"):
+        assert [row[name] for row in rows] == ["", ""], name
+    assert [row["predicted"] for row in rows] == ["0", "0"]
+    assert float(rows[1]["probability_of_cat"]) == pytest.approx(1 - math.exp(-0.9))
+    assert json.loads(table.text("json"))[0]["score"] is None
+    with pytest.raises(ValueError, match="without labels"):
+        table.tensors("")
+
+
+def test_a_class_may_be_called_y():
+    y = torch.tensor([0, 1])
+    found = training_statistics(torch.tensor([0.1, 0.1]), y, y, ("x", "y"), RULES)
+    table = table_of(logits_of_losses([0, 1], [0.1, 0.7]), found, paths=["a", "b"], y=y)
+    columns = table.columns()
+    assert len(columns) == len(COLUMNS) + 2
+    assert columns["probability_of_y"] == pytest.approx([1 - math.exp(-0.1), math.exp(-0.7)])
+
+
+@pytest.mark.parametrize(
+    ("path", "format", "told"),
+    [
+        ("scores.txt", None, r"scores\.txt: format 'txt' is none of csv, parquet, json"),
+        ("scores", None, "format '' is none of"),
+        (None, "xml", "^format 'xml' is none of"),
+        (None, "parquet", "name a file"),
+    ],
+)
+def test_formats_that_there_are_not(path, format, told):
+    with pytest.raises(ValueError, match=told):
+        table_format(path, format)
+
+
+def test_formats_are_asked_for_or_guessed(tmp_path):
+    assert table_format(None) == "csv" and table_format("A.JSON") == "json"
+    assert table_format("scores.txt", "csv") == "csv"
+    with pytest.raises(ValueError, match="a folder; name a file"):
+        table_format(tmp_path, "csv")
+
+
+def test_parquet_says_what_to_install(monkeypatch, table, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"parquet needs pyarrow \(pip install pyarrow\)"):
+        table.write(tmp_path / "scores.parquet")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "split\ntrain\n", "split,y\ntrain,cat\n", "a,b\n1,2\n"])
+def test_what_is_no_table_of_scores_is_refused(text, tmp_path):
+    (tmp_path / "scores.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"scores\.csv: not a table of scores"):
+        read_scores(tmp_path / "scores.csv")
+
+
+def test_paths_are_as_many_as_images(statistics):
+    with pytest.raises(ValueError, match="1 paths for 2 images"):
+        table_of(logits_of_losses([0, 1], [0.1, 0.1]), statistics, paths=["a.png"])

@@ -1,0 +1,662 @@
+"""A finished run used: scores and accuracies of its own and of other images, and its generator."""
+
+import csv
+import io
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score
+
+import small
+from ddb_fast import use_run
+from ddb_fast.checkpoint import load_tensors, save_tensors
+from ddb_fast.classification import load_classifier
+from ddb_fast.config import DataConfig
+from ddb_fast.data.digits import digits
+from ddb_fast.data.sources import open_listing
+from ddb_fast.data.store import pad, squash
+from ddb_fast.data.unseen import batches, list_images
+from ddb_fast.metrics import wilson_interval
+from ddb_fast.presets import PRESETS
+from ddb_fast.scoring import COLUMNS, logits_of
+from ddb_fast.train import main
+
+FIELDS = {name: value for name, value in small.FIELDS.items() if name != "data.rho"} | {
+    "diffusion.images": "640",
+    "amplifier.images": "1280",
+    "classifier.images": "2560",
+    "audit": "false",
+    "methods": "erm ddb-ii",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_process_many_runs(monkeypatch):
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train(*words, **changes):
+    fields = FIELDS | {name.replace("__", "."): value for name, value in changes.items()}
+    words = ["digits", *map(str, words)]
+    for name, value in fields.items():
+        words += [f"--{name}", *value.split()]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words, prog="ddb-fast run") == 0
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three digits of the embedded set in three colours, as ROOT/SPLIT/CLASS/*.png and a table."""
+    root = tmp_path_factory.mktemp("three digits") / "photos"
+    rows = []
+    for path, y, split, pixels, a, *_ in digits(0.9).entries:
+        if y < 3 and a < 3:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / path)
+            rows.append({"path": path, "y": y, "a": a, "split": split})
+    write_table(root / "table.csv", rows)
+    return root
+
+
+def write_table(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(photos, tmp_path_factory):
+    """One run on the table, with amplifier and classifiers."""
+    out = tmp_path_factory.mktemp("runs") / "three"
+    train("--data", photos / "table.csv", "--out", out)
+    return out
+
+
+def read(text):
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def scored(capsys, *words):
+    capsys.readouterr()
+    assert use_run.score(list(map(str, words))) == 0
+    return read(capsys.readouterr().out)
+
+
+def evaluated(capsys, *words):
+    capsys.readouterr()
+    assert use_run.evaluate([*map(str, words), "--format", "json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# --- score -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [None, "table.csv", "."], ids=["own", "table", "folder"])
+def test_a_runs_own_images_get_its_own_scores(run, photos, capsys, data):
+    """To the last digit, from the table and from the same files as folders."""
+    rows = scored(capsys, run, *([] if data is None else ["--data", photos / data]))
+    with (run / "amplifier/scores.csv").open(newline="") as file:
+        own = list(csv.DictReader(file))
+    assert len(own) > 300 and {row["split"] for row in own} == {"train", "val", "test"}
+    assert [{name: row[name] for name in COLUMNS} for row in rows] == own
+
+
+def test_pixels_are_those_that_the_run_decoded(run, photos):
+    size = PRESETS["digits"]().diffusion.image_size
+    images = list_images(DataConfig(path=str(photos)), ("0", "1", "2"))
+    train_images = images.split("train")
+    parts = list(batches(train_images, partial(squash, size=size), size=50))
+    pixels = torch.cat([part for _, part in parts])
+    cached = np.fromfile(run / "cache/small.u8", dtype=np.uint8).reshape(-1, size, size, 3)
+    assert np.array_equal(cached[: len(pixels)], pixels.numpy())
+    assert {len(part) for part, _ in parts[:-1]} == {50}
+
+
+def test_other_images_are_measured_against_the_runs_training_split(run, photos, tmp_path, capsys):
+    """Another folder with one class: no statistic of its own takes part."""
+    with (run / "amplifier/scores.csv").open(newline="") as file:
+        own = {row["path"]: row for row in csv.DictReader(file)}
+    names = [name for name in own if name.startswith("test/2/")][:7]
+    for name in names:
+        (tmp_path / "2").mkdir(exist_ok=True)
+        shutil.copy(photos / name, tmp_path / "2")
+    rows = scored(capsys, run, "--data", tmp_path)
+    assert len(rows) == 7 and {row["y"] for row in rows} == {"2"}
+    for row in rows:
+        theirs = own[f"test/{row['path']}"]
+        assert float(row["score"]) == pytest.approx(float(theirs["score"]), rel=1e-4, abs=1e-4)
+        assert row["pseudo_conflicting"] == theirs["pseudo_conflicting"]
+
+
+def test_probabilities_are_the_softmax_of_the_amplifier(run, photos, capsys):
+    rows = scored(capsys, run, "--data", photos)
+    network, config, _ = load_classifier(run / "amplifier/model.safetensors")
+    chosen = rows[:5] + rows[-5:]
+    files = [Image.open(photos / row["path"]) for row in chosen]
+    pixels = torch.from_numpy(np.stack([np.asarray(file) for file in files]))
+    logits = logits_of(network, pixels, config, device=torch.device("cpu"), crop=False)
+    given = [[float(row[f"probability_of_{k}"]) for k in range(3)] for row in chosen]
+    torch.testing.assert_close(torch.tensor(given), torch.softmax(logits, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("table", [False, True], ids=["folder", "table"])
+def test_images_without_labels_get_predictions_only(run, photos, tmp_path, capsys, caplog, table):
+    labelled = scored(capsys, run, "--data", photos)
+    by_path = {row["path"]: row for row in labelled}
+    names = [row["path"] for row in labelled if row["split"] == "test"][::20]
+    copied = {f"{i}.png": name for i, name in enumerate(names)}
+    for short, name in copied.items():
+        shutil.copy(photos / name, tmp_path / short)
+    data = tmp_path
+    if table:
+        data = write_table(tmp_path / "table.csv", [{"path": short} for short in copied])
+    with caplog.at_level(logging.INFO, logger="ddb_fast"):
+        rows = scored(capsys, run, "--data", data)
+    assert "no labels, so no scores: a score compares the loss of the label" in caplog.text
+    assert len(rows) == len(names) and [row["path"] for row in rows] == sorted(copied)
+    for row in rows:
+        theirs = by_path[copied[row["path"]]]
+        for name in ("split", "y", "loss", "probability_y", "score", "pseudo_conflicting"):
+            assert row[name] == ""
+        assert row["predicted"] == theirs["predicted"]
+        same = [float(r["probability_of_1"]) for r in (row, theirs)]
+        assert same[0] == pytest.approx(same[1], rel=1e-4)
+
+
+def test_files_are_written_in_the_format_of_their_name(run, photos, tmp_path, capsys):
+    out = tmp_path / "new" / "scores.json"
+    assert use_run.score([str(run), "--data", str(photos), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == ""
+    rows = json.loads(out.read_text())
+    assert [row["index"] for row in rows] == list(range(len(rows)))
+    own = read((run / "amplifier/scores.csv").read_text())
+    assert [f"{row['score']:.9g}" for row in rows] == [row["score"] for row in own]
+
+
+def test_a_broken_image_stops_or_is_left_out(run, photos, tmp_path, capsys, caplog):
+    data = tmp_path / "0"
+    data.mkdir()
+    for i, name in enumerate(sorted((photos / "test/0").iterdir())[:6]):
+        shutil.copy(name, data / f"{i}.png")
+    before = scored(capsys, run, "--data", tmp_path, "--corrupt", "skip")
+    (data / "3.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"3\.png: cannot be read .*--corrupt skip"):
+        use_run.score([str(run), "--data", str(tmp_path)])
+    caplog.clear()
+    rows = scored(capsys, run, "--data", tmp_path, "--corrupt", "skip")
+    assert "1 broken images left out: 0/3.png" in caplog.text
+    kept = [row for row in before if row["path"] != "0/3.png"]
+    assert [row["path"] for row in rows] == [row["path"] for row in kept]
+    for path in data.iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="none of its 6 images can be read"):
+        use_run.score([str(run), "--data", str(tmp_path), "--corrupt", "skip"])
+
+
+def test_images_are_fitted_as_the_runs_were(run, tmp_path, capsys):
+    """A run whose data is padded, on an image smaller than its pixels."""
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("config.json", "manifest.json", "amplifier"):
+        whole = shutil.copytree if (run / name).is_dir() else shutil.copy
+        whole(run / name, copy / name)
+    grey = np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8)
+    (tmp_path / "new").mkdir()
+    Image.fromarray(grey).save(tmp_path / "new/a.png")
+    words = [copy, "--data", tmp_path / "new"]
+    with pytest.raises(ValueError, match=r"meta\.json: no such file; the run's own command"):
+        scored(capsys, *words)
+    network, config, _ = load_classifier(run / "amplifier/model.safetensors")
+    meta = json.loads((run / "cache/meta.json").read_text())
+    (copy / "cache").mkdir()
+    for name, fitted in (("squash", squash), ("pad", pad)):
+        (copy / "cache/meta.json").write_text(json.dumps(meta | {"fit": name}))
+        (row,) = scored(capsys, *words)
+        pixels = fitted(Image.fromarray(grey), 16).permute(1, 2, 0)[None]
+        logits = logits_of(network, pixels, config, device=torch.device("cpu"), crop=False)
+        expected = torch.softmax(logits, 1)[0, 1].item()
+        assert float(row["probability_of_1"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_memory_is_flat(photos):
+    """No more than two batches are decoded ahead of what was handed out."""
+    entries = list_images(DataConfig(path=str(photos)), ("0", "1", "2")).entries
+    decoded = []
+
+    def fitted(image):
+        decoded.append(None)
+        return squash(image, 16)
+
+    handed = 0
+    for part, pixels in batches(entries, fitted, size=20):
+        assert pixels.shape == (len(part), 16, 16, 3)
+        handed += len(part)
+        assert len(decoded) - handed < 2 * 20
+    assert handed == len(decoded) == len(entries)
+
+
+# --- images for a run --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["table.csv", "."])
+def test_what_a_run_could_train_on_is_listed_as_a_run_lists_it(photos, name):
+    config = DataConfig(path=str(photos / name))
+    listing = open_listing(config)
+    images = list_images(config, listing.classes)
+    assert images.entries == listing.entries and images.labelled
+    assert images.biases == listing.biases and images.name == listing.name
+
+
+def test_splits_are_held_out_as_in_a_run(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            Image.new("RGB", (4, 4)).save(tmp_path / name / f"{i}.png")
+    config = DataConfig(path=str(tmp_path), test_share=0.25)
+    listing = open_listing(config)
+    assert listing.split.count("test") == 10
+    assert list_images(config, ("cat", "dog")).entries == listing.entries
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    for name in ("10", "2"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
+    classes = tuple(str(label) for label in range(11))
+    entries = list_images(DataConfig(path=str(tmp_path)), classes).entries
+    assert {entry.path: entry.y for entry in entries} == {"10/a.png": 10, "2/a.png": 2}
+    rows = [{"path": "10/a.png", "y": " dog"}, {"path": "2/a.png", "y": "cat"}]
+    table = write_table(tmp_path / "named.csv", rows)
+    entries = list_images(DataConfig(path=str(table)), ("dog", "bird", "cat")).entries
+    assert {entry.path: entry.y for entry in entries} == {"10/a.png": 0, "2/a.png": 2}
+    images = list_images(DataConfig(source="digits"), tuple("9876543210"))
+    assert {(entry.path.split("/")[1], entry.y) for entry in images.entries} == {
+        (str(digit), 9 - digit) for digit in range(10)
+    }
+
+
+def test_a_split_alone_is_enough(tmp_path):
+    (tmp_path / "test" / "cat").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "test/cat/a.png")
+    (entry,) = list_images(DataConfig(path=str(tmp_path)), ("cat", "dog")).entries
+    assert (entry.split, entry.y) == ("test", 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([{"path": "a.png", "y": "bird"}], r"line 2: class 'bird' is none of the run's: cat, dog"),
+        ([{"path": "a.png", "y": "cat"}, {"path": "b.png", "y": ""}], "line 3: y is empty"),
+        ([{"path": "a.png", "y": "cat", "a": ""}], "line 2: a is empty"),
+        ([{"path": "none.png"}], "no file"),
+        ([{"path": "a.png"}, {"path": "a.png"}], r"a\.png is listed twice"),
+        ([{"path": "a.png", "y": "cat", "split": "all"}], "split is 'all'"),
+        ([{"file": "a.png"}], "no column `path`"),
+    ],
+)
+def test_wrong_tables(tmp_path, rows, told):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    table = write_table(tmp_path / "table.csv", rows)
+    with pytest.raises(ValueError, match=told):
+        list_images(DataConfig(path=str(table)), ("cat", "dog"))
+
+
+def test_wrong_folders(tmp_path):
+    for name, told in (("none", "no such file or folder"), ("empty", "no images found")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=told):
+            list_images(DataConfig(path=str(tmp_path / name)), ("cat", "dog"))
+    (tmp_path / "bird").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "bird/a.png")
+    with pytest.raises(ValueError, match=r"bird: class 'bird' is none of the run's: cat, dog"):
+        list_images(DataConfig(path=str(tmp_path)), ("cat", "dog"))
+
+
+# --- which images are meant --------------------------------------------------------------------
+
+
+def test_data_is_read_as_the_run_reads_its_own():
+    own = DataConfig(path="photos", test_share=0.4, validation_share=0.3)
+    assert use_run.data_config(own, None, None, None) == own
+    other = use_run.data_config(own, "new", None, None)
+    assert (other.path, other.source, other.test_share) == ("new", "auto", 0.4)
+    assert use_run.data_config(own, "new.csv", "csv", None).validation_share == 0.3
+    published = use_run.data_config(own, "mnist", "colored-mnist", None)
+    assert published == PRESETS["colored-mnist"]().data.__class__(
+        **{**vars(PRESETS["colored-mnist"]().data), "path": "mnist"}
+    )
+    embedded = use_run.data_config(own, "digits", None, 0.5)
+    assert (embedded.source, embedded.path, embedded.rho) == ("digits", None, 0.5)
+    assert use_run.data_config(own, "digits", "folder", None).path == "digits"
+    digits_run = DataConfig(source="digits", rho=0.8)
+    assert use_run.data_config(digits_run, "digits", None, None).rho == 0.8
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((None, "folder", None), "--as says what lies at --data"),
+        (("photos", None, 0.9), "--rho: images are read as they are"),
+        (("photos", "digits", None), "digits is embedded"),
+        (("digits", None, 1.5), "a share in 0 to 1"),
+    ],
+)
+def test_data_that_is_not_meant(words, told):
+    with pytest.raises(ValueError, match=told):
+        use_run.data_config(DataConfig(path="own"), *words)
+
+
+# --- evaluate ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_a_runs_own_images_get_its_own_metrics(run, photos, capsys, split):
+    for data in ([], ["--data", photos / "table.csv"]):
+        results = evaluated(capsys, run, *data, "--split", split)
+        assert list(results["methods"]) == ["erm", "ddb-ii"] and results["seeds"] == [0, 1]
+        for method, entry in results["methods"].items():
+            for i, seed in enumerate((0, 1)):
+                file = run / "classifiers" / method / f"seed{seed}" / "metrics.json"
+                own = json.loads(file.read_text())[split]
+                for name, value in own["metrics"].items():
+                    assert entry["metrics"][name]["seeds"][i] == value, name
+                for group, theirs in zip(entry["groups"], own["groups"], strict=True):
+                    assert group["name"] == theirs["name"] and group["n"] == theirs["n"]
+                    assert group["accuracy"][i] == theirs["accuracy"]
+    whole = json.loads((run / "results.json").read_text())["methods"]
+    if split == "test":
+        averages = {m: e["metrics"]["average_accuracy"]["seeds"] for m, e in whole.items()}
+        assert averages["erm"] != averages["ddb-ii"], "else they might be mixed up"
+        assert {m: e["metrics"] for m, e in results["methods"].items()} == {
+            m: e["metrics"] for m, e in whole.items()
+        }
+
+
+def test_classes_are_counted_as_scikit_learn_counts(run, photos, capsys):
+    """From the run's own decoded pixels, network by network."""
+    words = ["--data", photos, "--methods", "ddb-ii", "--seeds", "1", "--split", "val", "test"]
+    results = evaluated(capsys, run, *words)
+    assert results["methods"]["ddb-ii"]["groups"] == [], "folders know no bias"
+    assert results["methods"]["ddb-ii"]["metrics"]["worst_group_accuracy"]["mean"] is None
+    file = run / "classifiers/ddb-ii/seed1/model.safetensors"
+    network, config, _ = load_classifier(file)
+    size = PRESETS["digits"]().data.cache_size
+    pixels = np.fromfile(run / "cache/large.u8", dtype=np.uint8).reshape(-1, size, size, 3)
+    splits = [row["split"] for row in read((run / "amplifier/scores.csv").read_text())]
+    chosen = torch.tensor([split != "train" for split in splits])
+    images = torch.from_numpy(pixels)[chosen]
+    logits = logits_of(network, images, config, device=torch.device("cpu"), crop=True)
+    rows = read((run / "amplifier/scores.csv").read_text())
+    y = torch.tensor([int(row["y"]) for row in rows])[chosen]
+    predicted = logits.argmax(1)
+    found = results["methods"]["ddb-ii"]["classes"]
+    assert [row["name"] for row in found] == ["0", "1", "2", "all"]
+    for label, row in enumerate(found):
+        members = (y == label) if row["name"] != "all" else torch.ones_like(y, dtype=torch.bool)
+        expected = accuracy_score(y[members], predicted[members])
+        assert row["accuracy"] == [pytest.approx(expected)] and row["n"] == int(members.sum())
+        interval = wilson_interval(expected * row["n"], row["n"])
+        assert (row["low"], row["high"]) == pytest.approx(interval)
+    assert results["images"] == len(y) and results["split"] == "val, test"
+
+
+def test_the_tables_are_for_people(run, capsys):
+    assert use_run.evaluate([str(run), "--methods", "erm"]) == 0
+    text = capsys.readouterr().out
+    assert "| method | average " in text and "| class | n " in text and "| group " in text
+    assert "### table\n" in text and "### table, classes\n" in text
+    assert "on the test split" in text and "Wilson interval" in text
+    erm = json.loads((run / "results.json").read_text())["methods"]["erm"]["metrics"]
+    assert f"| erm    | {100 * erm['average_accuracy']['mean']:.1f} ±" in text
+
+
+def test_what_is_aligned_is_what_was_aligned_in_training(run, photos, tmp_path, capsys):
+    """A table of conflicting images only, two biases of three, where its own majority differs."""
+    rows = read((photos / "table.csv").read_text())
+    rows = [row for row in rows if row["split"] == "test" and row["a"] in "12"]
+    rows = [row for row in rows if row["a"] != row["y"]]
+    for row in rows:
+        row["path"] = str(Path("..") / photos.relative_to(tmp_path.parent) / row["path"])
+    results = evaluated(capsys, run, "--data", write_table(tmp_path / "few.csv", rows))
+    metrics = results["methods"]["erm"]["metrics"]
+    assert metrics["aligned_accuracy"]["mean"] is None
+    assert metrics["conflicting_accuracy"] == metrics["average_accuracy"]
+    assert metrics["adjusted_average_accuracy"]["mean"] is not None
+    counts = {(g["y"], g["a"]): g["n"] for g in results["methods"]["erm"]["groups"]}
+    assert set(counts) == {(y, a) for y in range(3) for a in range(3)}
+    assert counts[0, 1] == sum((row["y"], row["a"]) == ("0", "1") for row in rows) > 0
+    assert counts[1, 1] == 0
+
+
+def test_biases_that_the_run_does_not_know_have_no_alignment(run, photos, tmp_path, capsys, caplog):
+    rows = read((photos / "table.csv").read_text())
+    rows = [row | {"a": "dark" if i % 3 else "bright"} for i, row in enumerate(rows)]
+    for row in rows:
+        row["path"] = str(Path("..") / photos.relative_to(tmp_path.parent) / row["path"])
+    results = evaluated(capsys, run, "--data", write_table(tmp_path / "light.csv", rows))
+    assert "what is aligned and what conflicts is not known" in caplog.text
+    assert "the bias labels 0, 1, 2" in caplog.text
+    metrics = results["methods"]["erm"]["metrics"]
+    for name in ("aligned", "conflicting", "adjusted_average"):
+        assert metrics[f"{name}_accuracy"]["mean"] is None
+    groups = results["methods"]["erm"]["groups"]
+    assert [group["name"] for group in groups[:2]] == ["y=0 a=dark", "y=0 a=bright"]
+    accuracies = [group["accuracy"] for group in groups]
+    assert metrics["worst_group_accuracy"]["seeds"] == [
+        min(seed) for seed in zip(*accuracies, strict=True)
+    ]
+
+
+def test_a_run_whose_images_have_changed_knows_no_alignment(run, photos, tmp_path, capsys, caplog):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("cache", "synthetic", "diffusion"))
+    config = json.loads((copy / "config.json").read_text())
+    shorter = read((photos / "table.csv").read_text())[1:]
+    for row in shorter:
+        row["path"] = str(Path("..") / photos.relative_to(tmp_path.parent) / row["path"])
+    for path, told in (("gone.csv", "no such file"), ("shorter.csv", "have changed")):
+        write_table(tmp_path / "shorter.csv", shorter)
+        config["data"]["path"] = str(tmp_path / path)
+        (copy / "config.json").write_text(json.dumps(config))
+        caplog.clear()
+        results = evaluated(capsys, copy, "--data", photos / "table.csv")
+        assert told in caplog.text
+        assert results["methods"]["erm"]["metrics"]["aligned_accuracy"]["mean"] is None
+
+
+# --- sample ------------------------------------------------------------------------------------
+
+
+def pictures(folder):
+    """{(class, number of the file): pixels}."""
+    return {
+        (file.parent.name, int(file.stem)): np.asarray(Image.open(file))
+        for file in folder.rglob("*.png")
+    }
+
+
+@pytest.fixture(scope="module")
+def synthetic(run):
+    """{(class, k): pixels} of the run's own synthetic set."""
+    tensors = load_file(run / "synthetic/images.safetensors")
+    pixels = tensors["images"].permute(0, 2, 3, 1).numpy()
+    labels = tensors["labels"].tolist()
+    return {(str(y), k): pixels[k] for k, y in enumerate(labels)}
+
+
+def same(found, expected):
+    return found.keys() == expected.keys() and all(
+        np.array_equal(found[key], expected[key]) for key in expected
+    )
+
+
+@pytest.fixture(scope="module")
+def sampled(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sampled") / "again"
+    assert use_run.sample([str(run), "--out", str(out)]) == 0
+    return out
+
+
+def test_the_synthetic_set_is_drawn_again(sampled, synthetic):
+    assert len(synthetic) == 36 and same(pictures(sampled), synthetic)
+    assert [path.name for path in sampled.parent.iterdir()] == ["again"]
+
+
+def test_it_goes_into_another_run(sampled, synthetic, photos, tmp_path):
+    words = ["--data", photos / "table.csv", "--out", tmp_path / "run", "--synthetic", sampled]
+    train(*words, methods="none", amplifier__images="64")
+    tensors, _ = load_tensors(tmp_path / "run/synthetic/images.safetensors")
+    taken = tensors["images"].permute(0, 2, 3, 1).numpy()
+    for y in range(3):
+        expected = [pixels for (name, _), pixels in sorted(synthetic.items()) if name == str(y)]
+        own = taken[(tensors["labels"] == y).numpy()]
+        assert len(own) == len(expected) == 12
+        assert all(np.array_equal(a, b) for a, b in zip(own, expected, strict=True))
+
+
+def test_some_classes_fewer_and_other_images(run, synthetic, tmp_path, capsys):
+    words = [str(run), "--classes", "2", "0", "--per-class", "5", "--out", str(tmp_path / "few")]
+    assert use_run.sample(words) == 0
+    assert "10 images" in capsys.readouterr().out
+    few = pictures(tmp_path / "few")
+    expected = {key: pixels for key, pixels in synthetic.items() if key in few}
+    assert few.keys() == {(str(k % 3), k) for k in range(15) if k % 3 != 1}
+    for key, pixels in few.items():
+        # The same images, in batches with other ones: to one grey level.
+        assert np.abs(pixels.astype(int) - expected[key]).max() <= 1
+    for number, option in enumerate((["--seed", "7"], ["--guidance-scale", "1"], ["--steps", "3"])):
+        out = tmp_path / str(number)
+        one = [str(run), "--classes", "1", "--per-class", "2", *option, "--out", str(out)]
+        assert use_run.sample(one) == 0
+        assert not np.array_equal(pictures(out)["1", 1], synthetic["1", 1]), option
+
+
+def test_a_generator_without_its_run(run, synthetic, tmp_path):
+    """Its own sampler's settings stay with the run: here the defaults hold, unless said."""
+    words = ["--per-class", "2", "--steps", "4", "--guidance-scale"]
+    scale = json.loads((run / "config.json").read_text())["sampling"]["guidance_scale"]
+    out = tmp_path / "out"
+    command = [str(run / "diffusion"), *words, str(scale), "--out", str(out)]
+    assert use_run.sample(command) == 0
+    for key, pixels in pictures(out).items():
+        assert np.abs(pixels.astype(int) - synthetic[key]).max() <= 1
+
+
+def test_what_is_there_is_left_alone(run, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="there already, and not an empty folder"):
+        use_run.sample([str(run), "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="there already"):
+        use_run.sample([str(run), "--out", str(tmp_path / "mine.txt")])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "empty").mkdir()
+    use_run.sample([str(run), "--out", str(tmp_path / "empty"), "--per-class", "1"])
+    assert len(pictures(tmp_path / "empty")) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--classes", "3"], "generates no class '3', only 0, 1, 2"),
+        (["--guidance-scale", "nan"], "guidance scale nan"),
+        (["--per-class", "0"], "must be at least 1"),
+        (["--steps", "100000"], "100000"),
+        (["--seed", "-1"], "seed -1"),
+    ],
+)
+def test_wrong_wishes_leave_nothing(run, tmp_path, words, told):
+    with pytest.raises(ValueError, match=told):
+        use_run.sample([str(run), "--out", str(tmp_path / "out"), *words])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(run, tmp_path):
+    left = tmp_path / ".out.part" / "1"
+    left.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(left / "999999.png")
+    use_run.sample([str(run), "--out", str(tmp_path / "out"), "--per-class", "1"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert set(pictures(tmp_path / "out")) == {("0", 0), ("1", 1), ("2", 2)}
+
+
+# --- runs that cannot be used ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["score", "evaluate"])
+def test_a_folder_without_a_run(command, tmp_path):
+    with pytest.raises(ValueError, match="no run; name a folder that `ddb-fast run --out` made"):
+        getattr(use_run, command)([str(tmp_path / "none")])
+
+
+def test_a_folder_without_a_generator(tmp_path):
+    with pytest.raises(ValueError, match=r"no run, and no model\.safetensors of a generator"):
+        use_run.sample([str(tmp_path), "--out", str(tmp_path / "out")])
+    save_tensors(tmp_path / "model.safetensors", {"x": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match="not a diffusion model written by ddb_fast"):
+        use_run.sample([str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_a_run_that_lacks_what_is_asked(run, photos, tmp_path):
+    out = tmp_path / "erm"
+    train("--data", photos / "table.csv", "--out", out, methods="erm", classifier__images="64")
+    with pytest.raises(ValueError, match="no finished bias amplifier: its methods need none"):
+        use_run.score([str(out)])
+    with pytest.raises(ValueError, match="no finished generator"):
+        use_run.sample([str(out), "--out", str(tmp_path / "out")])
+    tests = tmp_path / "tests"
+    shutil.copytree(photos / "test", tests / "test")
+    for words, told in (
+        (["--methods", "jtt"], "no classifier of jtt, only of ddb-ii, erm"),
+        (["--seeds", "0", "5"], "not every one of erm, ddb-ii has seed 5; all have 0, 1"),
+        (["--data", str(photos / "test/1")], "no labels, which accuracies need"),
+        (["--data", str(tests)], "no val images; it has test"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            use_run.evaluate([str(run), "--split", "val", *words])
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["stages"] = {"data": manifest["stages"]["data"]}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="no finished classifier"):
+        use_run.evaluate([str(out)])
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("score", ["run", "--corrupt", "maybe"]),
+        ("evaluate", ["run", "--split", "all"]),
+        ("sample", ["run"]),
+        ("sample", ["run", "--out", "x", "--per-class", "many"]),
+    ],
+)
+def test_wrong_words_are_one_line(command, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        getattr(use_run, command)(words, prog=f"ddb-fast {command}")
+    error = capsys.readouterr().err
+    assert error.startswith(f"ddb-fast {command}: ") and error.count("\n") == 1
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys, contextlib\nfrom ddb_fast import use_run\n"
+        "for command in (use_run.score, use_run.evaluate, use_run.sample):\n"
+        "    with contextlib.suppress(SystemExit): command(['--help'])\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == 0 and answer.stdout.count("usage: ddb-fast") == 3
