@@ -20,8 +20,8 @@ UNANIMOUS = 0.4
 """Without a bias a tenth to a sixth of an amplifier's errors are unanimous (docs/verdict.md)."""
 FEWEST = 5
 """Unanimous errors that make a bias: a handful is as likely to be mislabelled."""
-P_VALUE = 0.001
-"""Of as much growth by chance; small because thousands of sets are looked at in a lifetime."""
+P_VALUE = 0.01
+"""Of as much growth by chance; without a bias guidance takes errors away (docs/verdict.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,9 @@ def judge(
 
     A bias is found if either holds. Unanimous: of the images that a guided amplifier gets wrong,
     the share for which both and the ERM name the same wrong class has a lower 95 % Wilson bound
-    above .4, and they are at least five. Grown: images that both guided ones give the same wrong class and both plain ones get
-    right outnumber the reverse, by a one-sided sign test (guided and plain exchanged at random)
-    at p < .001.
+    above .4, and they are at least five. Grown: images that both guided ones give the same wrong
+    class and both plain ones get right outnumber the reverse, by a one-sided sign test (guided and
+    plain exchanged at random) at p < .01.
 
     ValueError for other shapes.
     """
