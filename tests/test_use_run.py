@@ -1,4 +1,4 @@
-"""A finished run used: scores and accuracies of its own and of other images, and its generator."""
+"""A finished run used: scores of its own and of other images, its generator, and refusals."""
 
 import csv
 import io
@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,29 +15,16 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
-from sklearn.metrics import accuracy_score
+from three_digits import read_table, train, write_photos, write_table
 
-import small
 from ddb_fast import use_run
 from ddb_fast.checkpoint import load_tensors, save_tensors
 from ddb_fast.classification import load_classifier
 from ddb_fast.config import DataConfig
-from ddb_fast.data.digits import digits
-from ddb_fast.data.sources import open_listing
 from ddb_fast.data.store import pad, squash
 from ddb_fast.data.unseen import batches, list_images
-from ddb_fast.metrics import wilson_interval
 from ddb_fast.presets import PRESETS
 from ddb_fast.scoring import COLUMNS, logits_of
-from ddb_fast.train import main
-
-FIELDS = {name: value for name, value in small.FIELDS.items() if name != "data.rho"} | {
-    "diffusion.images": "640",
-    "amplifier.images": "1280",
-    "classifier.images": "2560",
-    "audit": "false",
-    "methods": "erm ddb-ii",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -47,59 +33,23 @@ def one_process_many_runs(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def train(*words, **changes):
-    fields = FIELDS | {name.replace("__", "."): value for name, value in changes.items()}
-    words = ["digits", *map(str, words)]
-    for name, value in fields.items():
-        words += [f"--{name}", *value.split()]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert main(words, prog="ddb-fast run") == 0
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Three digits of the embedded set in three colours, as ROOT/SPLIT/CLASS/*.png and a table."""
-    root = tmp_path_factory.mktemp("three digits") / "photos"
-    rows = []
-    for path, y, split, pixels, a, *_ in digits(0.9).entries:
-        if y < 3 and a < 3:
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(root / path)
-            rows.append({"path": path, "y": y, "a": a, "split": split})
-    write_table(root / "table.csv", rows)
-    return root
-
-
-def write_table(path, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+    return write_photos(tmp_path_factory.mktemp("three digits") / "photos")
 
 
 @pytest.fixture(scope="module")
 def run(photos, tmp_path_factory):
-    """One run on the table, with amplifier and classifiers."""
+    """A run on the table, with amplifier and classifiers."""
     out = tmp_path_factory.mktemp("runs") / "three"
     train("--data", photos / "table.csv", "--out", out)
     return out
 
 
-def read(text):
-    return list(csv.DictReader(io.StringIO(text, newline="")))
-
-
 def scored(capsys, *words):
     capsys.readouterr()
     assert use_run.score(list(map(str, words))) == 0
-    return read(capsys.readouterr().out)
-
-
-def evaluated(capsys, *words):
-    capsys.readouterr()
-    assert use_run.evaluate([*map(str, words), "--format", "json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    return list(csv.DictReader(io.StringIO(capsys.readouterr().out, newline="")))
 
 
 # --- score -------------------------------------------------------------------------------------
@@ -183,7 +133,7 @@ def test_files_are_written_in_the_format_of_their_name(run, photos, tmp_path, ca
     assert capsys.readouterr().out == ""
     rows = json.loads(out.read_text())
     assert [row["index"] for row in rows] == list(range(len(rows)))
-    own = read((run / "amplifier/scores.csv").read_text())
+    own = read_table(run / "amplifier/scores.csv")
     assert [f"{row['score']:.9g}" for row in rows] == [row["score"] for row in own]
 
 
@@ -232,101 +182,6 @@ def test_images_are_fitted_as_the_runs_were(run, tmp_path, capsys):
         assert float(row["probability_of_1"]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_memory_is_flat(photos):
-    """No more than two batches are decoded ahead of what was handed out."""
-    entries = list_images(DataConfig(path=str(photos)), ("0", "1", "2")).entries
-    decoded = []
-
-    def fitted(image):
-        decoded.append(None)
-        return squash(image, 16)
-
-    handed = 0
-    for part, pixels in batches(entries, fitted, size=20):
-        assert pixels.shape == (len(part), 16, 16, 3)
-        handed += len(part)
-        assert len(decoded) - handed < 2 * 20
-    assert handed == len(decoded) == len(entries)
-
-
-# --- images for a run --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["table.csv", "."])
-def test_what_a_run_could_train_on_is_listed_as_a_run_lists_it(photos, name):
-    config = DataConfig(path=str(photos / name))
-    listing = open_listing(config)
-    images = list_images(config, listing.classes)
-    assert images.entries == listing.entries and images.labelled
-    assert images.biases == listing.biases and images.name == listing.name
-
-
-def test_splits_are_held_out_as_in_a_run(tmp_path):
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        for i in range(20):
-            Image.new("RGB", (4, 4)).save(tmp_path / name / f"{i}.png")
-    config = DataConfig(path=str(tmp_path), test_share=0.25)
-    listing = open_listing(config)
-    assert listing.split.count("test") == 10
-    assert list_images(config, ("cat", "dog")).entries == listing.entries
-
-
-def test_classes_are_matched_by_name(tmp_path):
-    for name in ("10", "2"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
-    classes = tuple(str(label) for label in range(11))
-    entries = list_images(DataConfig(path=str(tmp_path)), classes).entries
-    assert {entry.path: entry.y for entry in entries} == {"10/a.png": 10, "2/a.png": 2}
-    rows = [{"path": "10/a.png", "y": " dog"}, {"path": "2/a.png", "y": "cat"}]
-    table = write_table(tmp_path / "named.csv", rows)
-    entries = list_images(DataConfig(path=str(table)), ("dog", "bird", "cat")).entries
-    assert {entry.path: entry.y for entry in entries} == {"10/a.png": 0, "2/a.png": 2}
-    images = list_images(DataConfig(source="digits"), tuple("9876543210"))
-    assert {(entry.path.split("/")[1], entry.y) for entry in images.entries} == {
-        (str(digit), 9 - digit) for digit in range(10)
-    }
-
-
-def test_a_split_alone_is_enough(tmp_path):
-    (tmp_path / "test" / "cat").mkdir(parents=True)
-    Image.new("RGB", (4, 4)).save(tmp_path / "test/cat/a.png")
-    (entry,) = list_images(DataConfig(path=str(tmp_path)), ("cat", "dog")).entries
-    assert (entry.split, entry.y) == ("test", 0)
-
-
-@pytest.mark.parametrize(
-    ("rows", "told"),
-    [
-        ([{"path": "a.png", "y": "bird"}], r"line 2: class 'bird' is none of the run's: cat, dog"),
-        ([{"path": "a.png", "y": "cat"}, {"path": "b.png", "y": ""}], "line 3: y is empty"),
-        ([{"path": "a.png", "y": "cat", "a": ""}], "line 2: a is empty"),
-        ([{"path": "none.png"}], "no file"),
-        ([{"path": "a.png"}, {"path": "a.png"}], r"a\.png is listed twice"),
-        ([{"path": "a.png", "y": "cat", "split": "all"}], "split is 'all'"),
-        ([{"file": "a.png"}], "no column `path`"),
-    ],
-)
-def test_wrong_tables(tmp_path, rows, told):
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (4, 4)).save(tmp_path / name)
-    table = write_table(tmp_path / "table.csv", rows)
-    with pytest.raises(ValueError, match=told):
-        list_images(DataConfig(path=str(table)), ("cat", "dog"))
-
-
-def test_wrong_folders(tmp_path):
-    for name, told in (("none", "no such file or folder"), ("empty", "no images found")):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(ValueError, match=told):
-            list_images(DataConfig(path=str(tmp_path / name)), ("cat", "dog"))
-    (tmp_path / "bird").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "bird/a.png")
-    with pytest.raises(ValueError, match=r"bird: class 'bird' is none of the run's: cat, dog"):
-        list_images(DataConfig(path=str(tmp_path)), ("cat", "dog"))
-
-
 # --- which images are meant --------------------------------------------------------------------
 
 
@@ -359,124 +214,6 @@ def test_data_is_read_as_the_run_reads_its_own():
 def test_data_that_is_not_meant(words, told):
     with pytest.raises(ValueError, match=told):
         use_run.data_config(DataConfig(path="own"), *words)
-
-
-# --- evaluate ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("split", ["test", "val"])
-def test_a_runs_own_images_get_its_own_metrics(run, photos, capsys, split):
-    for data in ([], ["--data", photos / "table.csv"]):
-        results = evaluated(capsys, run, *data, "--split", split)
-        assert list(results["methods"]) == ["erm", "ddb-ii"] and results["seeds"] == [0, 1]
-        for method, entry in results["methods"].items():
-            for i, seed in enumerate((0, 1)):
-                file = run / "classifiers" / method / f"seed{seed}" / "metrics.json"
-                own = json.loads(file.read_text())[split]
-                for name, value in own["metrics"].items():
-                    assert entry["metrics"][name]["seeds"][i] == value, name
-                for group, theirs in zip(entry["groups"], own["groups"], strict=True):
-                    assert group["name"] == theirs["name"] and group["n"] == theirs["n"]
-                    assert group["accuracy"][i] == theirs["accuracy"]
-    whole = json.loads((run / "results.json").read_text())["methods"]
-    if split == "test":
-        averages = {m: e["metrics"]["average_accuracy"]["seeds"] for m, e in whole.items()}
-        assert averages["erm"] != averages["ddb-ii"], "else they might be mixed up"
-        assert {m: e["metrics"] for m, e in results["methods"].items()} == {
-            m: e["metrics"] for m, e in whole.items()
-        }
-
-
-def test_classes_are_counted_as_scikit_learn_counts(run, photos, capsys):
-    """From the run's own decoded pixels, network by network."""
-    words = ["--data", photos, "--methods", "ddb-ii", "--seeds", "1", "--split", "val", "test"]
-    results = evaluated(capsys, run, *words)
-    assert results["methods"]["ddb-ii"]["groups"] == [], "folders know no bias"
-    assert results["methods"]["ddb-ii"]["metrics"]["worst_group_accuracy"]["mean"] is None
-    file = run / "classifiers/ddb-ii/seed1/model.safetensors"
-    network, config, _ = load_classifier(file)
-    size = PRESETS["digits"]().data.cache_size
-    pixels = np.fromfile(run / "cache/large.u8", dtype=np.uint8).reshape(-1, size, size, 3)
-    splits = [row["split"] for row in read((run / "amplifier/scores.csv").read_text())]
-    chosen = torch.tensor([split != "train" for split in splits])
-    images = torch.from_numpy(pixels)[chosen]
-    logits = logits_of(network, images, config, device=torch.device("cpu"), crop=True)
-    rows = read((run / "amplifier/scores.csv").read_text())
-    y = torch.tensor([int(row["y"]) for row in rows])[chosen]
-    predicted = logits.argmax(1)
-    found = results["methods"]["ddb-ii"]["classes"]
-    assert [row["name"] for row in found] == ["0", "1", "2", "all"]
-    for label, row in enumerate(found):
-        members = (y == label) if row["name"] != "all" else torch.ones_like(y, dtype=torch.bool)
-        expected = accuracy_score(y[members], predicted[members])
-        assert row["accuracy"] == [pytest.approx(expected)] and row["n"] == int(members.sum())
-        interval = wilson_interval(expected * row["n"], row["n"])
-        assert (row["low"], row["high"]) == pytest.approx(interval)
-    assert results["images"] == len(y) and results["split"] == "val, test"
-
-
-def test_the_tables_are_for_people(run, capsys):
-    assert use_run.evaluate([str(run), "--methods", "erm"]) == 0
-    text = capsys.readouterr().out
-    assert "| method | average " in text and "| class | n " in text and "| group " in text
-    assert "### table\n" in text and "### table, classes\n" in text
-    assert "on the test split" in text and "Wilson interval" in text
-    erm = json.loads((run / "results.json").read_text())["methods"]["erm"]["metrics"]
-    assert f"| erm    | {100 * erm['average_accuracy']['mean']:.1f} ±" in text
-
-
-def test_what_is_aligned_is_what_was_aligned_in_training(run, photos, tmp_path, capsys):
-    """A table of conflicting images only, two biases of three, where its own majority differs."""
-    rows = read((photos / "table.csv").read_text())
-    rows = [row for row in rows if row["split"] == "test" and row["a"] in "12"]
-    rows = [row for row in rows if row["a"] != row["y"]]
-    for row in rows:
-        row["path"] = str(Path("..") / photos.relative_to(tmp_path.parent) / row["path"])
-    results = evaluated(capsys, run, "--data", write_table(tmp_path / "few.csv", rows))
-    metrics = results["methods"]["erm"]["metrics"]
-    assert metrics["aligned_accuracy"]["mean"] is None
-    assert metrics["conflicting_accuracy"] == metrics["average_accuracy"]
-    assert metrics["adjusted_average_accuracy"]["mean"] is not None
-    counts = {(g["y"], g["a"]): g["n"] for g in results["methods"]["erm"]["groups"]}
-    assert set(counts) == {(y, a) for y in range(3) for a in range(3)}
-    assert counts[0, 1] == sum((row["y"], row["a"]) == ("0", "1") for row in rows) > 0
-    assert counts[1, 1] == 0
-
-
-def test_biases_that_the_run_does_not_know_have_no_alignment(run, photos, tmp_path, capsys, caplog):
-    rows = read((photos / "table.csv").read_text())
-    rows = [row | {"a": "dark" if i % 3 else "bright"} for i, row in enumerate(rows)]
-    for row in rows:
-        row["path"] = str(Path("..") / photos.relative_to(tmp_path.parent) / row["path"])
-    results = evaluated(capsys, run, "--data", write_table(tmp_path / "light.csv", rows))
-    assert "what is aligned and what conflicts is not known" in caplog.text
-    assert "the bias labels 0, 1, 2" in caplog.text
-    metrics = results["methods"]["erm"]["metrics"]
-    for name in ("aligned", "conflicting", "adjusted_average"):
-        assert metrics[f"{name}_accuracy"]["mean"] is None
-    groups = results["methods"]["erm"]["groups"]
-    assert [group["name"] for group in groups[:2]] == ["y=0 a=dark", "y=0 a=bright"]
-    accuracies = [group["accuracy"] for group in groups]
-    assert metrics["worst_group_accuracy"]["seeds"] == [
-        min(seed) for seed in zip(*accuracies, strict=True)
-    ]
-
-
-def test_a_run_whose_images_have_changed_knows_no_alignment(run, photos, tmp_path, capsys, caplog):
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("cache", "synthetic", "diffusion"))
-    config = json.loads((copy / "config.json").read_text())
-    shorter = read((photos / "table.csv").read_text())[1:]
-    for row in shorter:
-        row["path"] = str(Path("..") / photos.relative_to(tmp_path.parent) / row["path"])
-    for path, told in (("gone.csv", "no such file"), ("shorter.csv", "have changed")):
-        write_table(tmp_path / "shorter.csv", shorter)
-        config["data"]["path"] = str(tmp_path / path)
-        (copy / "config.json").write_text(json.dumps(config))
-        caplog.clear()
-        results = evaluated(capsys, copy, "--data", photos / "table.csv")
-        assert told in caplog.text
-        assert results["methods"]["erm"]["metrics"]["aligned_accuracy"]["mean"] is None
 
 
 # --- sample ------------------------------------------------------------------------------------
