@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
 
-from ddb_fast.data.samplers import GroupBalancedSampler, ShuffledSampler
+from ddb_fast.data.samplers import DataLoaderBatches, GroupBalancedSampler, ShuffledSampler
 
 # Sizes 1000, 10, 0 and 3: group 2 is empty.
 GROUPS = torch.tensor([0] * 1000 + [1] * 10 + [3] * 3)[
@@ -112,3 +113,16 @@ def test_group_streams_differ_between_seeds():
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_data_loader_takes_batches_and_goes_on_in_the_next_epoch():
+    sampler = GroupBalancedSampler(GROUPS, num_groups=4, seed=3)
+    data = TensorDataset(torch.arange(len(GROUPS)))
+    batches = DataLoaderBatches(sampler, batch_size=6, steps=4)
+    loader = DataLoader(data, batch_sampler=batches)
+    epochs = [[index for (index,) in loader] for _ in range(2)]
+    assert len(loader) == 4 and [len(epoch) for epoch in epochs] == [4, 4]
+    for step, index in enumerate(epochs[0] + epochs[1]):
+        assert torch.equal(index, sampler.batch(step, 6)), step
+    again = DataLoaderBatches(sampler, batch_size=6, steps=4, step=4)
+    assert [torch.tensor(index).tolist() for index in again] == [i.tolist() for i in epochs[1]]
