@@ -26,9 +26,10 @@ LAYERS = [
         "report",
         "feasible",
         "opinions",
+        *("provenance", "model_card", "pretrained"),
     },
-    {"pipeline", "sweep", "apply", "evaluation"},
-    {"cli", "train", "use_run"},
+    {"pipeline", "sweep", "apply", "evaluation", "export"},
+    {"cli", "train", "use_run", "completion"},
 ]
 STDLIB_ONLY = {
     *("config", "presets", "benchmark_presets", "arguments"),

@@ -39,6 +39,8 @@ def augment(
     if kind not in KINDS:
         raise ValueError(f"augmentation {kind!r} is none of {', '.join(KINDS)}")
     _check(images, size)
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images to augment must be uint8, got {images.dtype}")
     if kind == "crop-flip":
         return _crop_flip(images, size, generator)
     view = (amplifier_view if whole else centre)(images, size)
@@ -62,9 +64,9 @@ def augment(
 def centre(images: Tensor, size: int) -> Tensor:
     """The view that target classifiers are evaluated on: (N, 3, size, size) float32 in 0..255.
 
-    images: (N, 3, S, S) uint8. Larger ones: the centre, 224/256 of the side, resized (256 to 224 is
-    a plain crop). Equal ones as they are; smaller ones enlarged whole. Bilinear, antialiased.
-    ValueError for another dtype or shape.
+    images: (N, 3, S, S) uint8, or float32 in 0..255. Larger ones: the centre, 224/256 of the side,
+    resized (256 to 224 is a plain crop). Equal ones as they are; smaller ones enlarged whole.
+    Bilinear, antialiased. ValueError for another dtype or shape.
     """
     _check(images, size)
     side = images.shape[2]
@@ -78,9 +80,9 @@ def centre(images: Tensor, size: int) -> Tensor:
 def amplifier_view(images: Tensor, size: int) -> Tensor:
     """The view that the amplifier scores: (N, 3, size, size) float32 in 0..255, channels_last.
 
-    images: (N, 3, S, S) uint8 at the diffusion model's size, synthetic or real (`store.FITS`), the
-    whole of which is resized: bilinear, antialiased, nothing where the size is equal. ValueError
-    for another dtype or shape.
+    images: (N, 3, S, S) uint8, or float32 in 0..255, at the diffusion model's size, synthetic or
+    real (`store.FITS`), the whole of which is resized: bilinear, antialiased, nothing where the
+    size is equal. ValueError for another dtype or shape.
     """
     _check(images, size)
     return _resize(images, size)
@@ -89,8 +91,8 @@ def amplifier_view(images: Tensor, size: int) -> Tensor:
 def _check(images: Tensor, size: int) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be (N, 3, S, S), got {tuple(images.shape)}")
-    if images.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8, got {images.dtype}")
+    if images.dtype not in (torch.uint8, torch.float32):
+        raise ValueError(f"images must be uint8, or float32 in 0..255, got {images.dtype}")
     if size < 1:
         raise ValueError(f"no view of {size} pixels")
 
