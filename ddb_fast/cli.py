@@ -2,25 +2,53 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from ddb_fast.arguments import OneLineParser, check_takes_rho
 
 COMMANDS = {
     "run": "all stages on a preset's or your images; the same command again resumes",
+    "report": "a run's page again, from its files; --open shows it in the browser",
+    "score": "how much each image is at odds with its class, by a run's amplifier",
+    "evaluate": "a run's classifiers on other images: by class, and by group with bias labels",
+    "sample": "images of a run's generator, a folder per class",
+    "export": "a run's model to take away: for from_pretrained, torch.export or ONNX",
     "compare": "finished runs side by side, with or without published figures",
     "sweep": "presets x methods x seeds x rho, a run each; the same command again resumes",
     "data": "what would be read: classes, splits, groups; --check finds broken files",
     "import": "turn a checkpoint of the authors into a folder for `run --diffusion`",
     "kernels": "`kernels check`: each op and backend against fp64, forward and backward",
     "env": "this machine, the packages, and every kernel backend with its reasons",
+    "completion": "a script that completes commands, options and choices in bash, zsh or fish",
 }
+
+
+USE_A_RUN = ("report", "score", "evaluate", "sample")
 
 
 def run(argv: Sequence[str]) -> int:
     from ddb_fast.train import main as train_main
 
     return train_main(argv, prog="ddb-fast run")
+
+
+def use_run(argv: Sequence[str], command: str) -> int:
+    from ddb_fast import use_run
+
+    return getattr(use_run, command)(argv, prog=f"ddb-fast {command}")
+
+
+def export(argv: Sequence[str]) -> int:
+    from ddb_fast.export import main as export_main
+
+    return export_main(argv, prog="ddb-fast export")
+
+
+def completion(argv: Sequence[str]) -> int:
+    from ddb_fast.completion import main as completion_main
+
+    return completion_main(argv, prog="ddb-fast completion")
 
 
 def compare_runs(argv: Sequence[str]) -> int:
@@ -155,12 +183,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     actions: dict[str, Callable[[Sequence[str]], int]] = {
         "run": run,
+        **{
+            name: partial(use_run, command=name)
+            for name in ("report", "score", "evaluate", "sample")
+        },
+        "export": export,
         "compare": compare_runs,
         "sweep": sweep,
         "data": show_data,
         "import": import_authors,
         "kernels": check_kernels,
         "env": show_environment,
+        "completion": completion,
     }
     if given and given[0] in actions:
         try:
@@ -168,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"ddb-fast {given[0]}: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
-    usage = "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
+    usage = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
     text = f"usage: ddb-fast COMMAND [...]; each has --help\n{usage}"
     if given and given[0] in ("-h", "--help"):
         print(text)

@@ -1,4 +1,4 @@
-"""`ddb-fast score`, `evaluate` and `sample`: the commands that use a finished run.
+"""`ddb-fast score`, `evaluate`, `sample` and `report`: the commands that use a finished run.
 
 Heavy imports wait until the arguments are understood, so that `--help` is there at once.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddb_fast.arguments import OneLineParser, check_takes_rho
+from ddb_fast.cli import COMMANDS
 from ddb_fast.compare import Run, group_tables, tables_of
 from ddb_fast.config import DataConfig, RunConfig
 from ddb_fast.presets import PRESETS
@@ -23,11 +24,6 @@ from ddb_fast.train import set_threads
 if TYPE_CHECKING:
     import torch
 
-DESCRIPTIONS = {
-    "score": "how much each image is at odds with its class, by a run's amplifier",
-    "evaluate": "a run's classifiers on other images: by class, and by group with bias labels",
-    "sample": "images of a run's generator, a folder per class, for `run --synthetic` and to look",
-}
 SOURCES = typing.get_args(typing.get_type_hints(DataConfig)["source"])
 
 
@@ -62,7 +58,7 @@ def data_config(
 
 
 def _parser(prog: str, command: str, *, run: str = "folder of a finished run") -> OneLineParser:
-    parser = OneLineParser(prog=prog, allow_abbrev=False, description=DESCRIPTIONS[command])
+    parser = OneLineParser(prog=prog, allow_abbrev=False, description=COMMANDS[command])
     parser.add_argument("run", metavar="RUN", help=run)
     return parser
 
@@ -205,4 +201,26 @@ def sample(argv: Sequence[str], *, prog: str = "ddb-fast sample") -> int:
         device=device,
     )
     print(f"{out}: {count} images")
+    return 0
+
+
+def report(argv: Sequence[str], *, prog: str = "ddb-fast report") -> int:
+    """`ddb-fast report RUN`: results.json and report.html anew, from what the stages left."""
+    parser = _parser(prog, "report")
+    parser.add_argument("--open", action="store_true", help="show it in the browser")
+    arguments = parser.parse_args(argv)
+
+    from ddb_fast.pipeline import read_data, write_results
+    from ddb_fast.provenance import FinishedRun
+
+    run = FinishedRun.open(arguments.run)
+    _prepare(run.config)
+    write_results(run.path, run.config, read_data(run.config, run.path), run.manifest["seconds"])
+    page = run.path / "report.html"
+    print(f"report:  {page}")
+    if arguments.open:
+        import webbrowser
+
+        if not webbrowser.open(page.resolve().as_uri()):
+            print(f"{prog}: no browser was found; open the file yourself", file=sys.stderr)
     return 0
