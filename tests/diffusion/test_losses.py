@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddb_fast.diffusion.losses import diffusion_loss
+from ddb_fast.diffusion.losses import diffusion_loss, min_snr_weight
 from ddb_fast.diffusion.schedule import Schedule
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.028)
@@ -148,9 +148,94 @@ def test_memory_format_reaches_the_model():
     assert model.x_t.is_contiguous(memory_format=torch.channels_last)
 
 
+# --- min-SNR ------------------------------------------------------------------------------------
+
+
+def test_min_snr_weights_by_hand():
+    """alpha_bar .9, .75, .5, .2 is snr 9, 3, 1, 1/4; gamma 5 and 2."""
+    schedule = Schedule(torch.tensor([0.9, 0.75, 0.5, 0.2], dtype=torch.float64))
+    t, like = torch.tensor([0, 1, 2, 3, 0]), torch.zeros(5, 3, 2, 2, dtype=torch.float64)
+    for target, gamma, expected in (
+        ("eps", 5.0, [5 / 9, 1, 1, 1, 5 / 9]),
+        ("v", 5.0, [5 / 10, 3 / 4, 1 / 2, 1 / 5, 5 / 10]),
+        ("eps", 2.0, [2 / 9, 2 / 3, 1, 1, 2 / 9]),
+        ("v", 2.0, [2 / 10, 2 / 4, 1 / 2, 1 / 5, 2 / 10]),
+    ):
+        weight = min_snr_weight(schedule, t, like, target=target, gamma=gamma)
+        assert weight.shape == (5, 1, 1, 1) and weight.dtype == torch.float64
+        assert weight.flatten().tolist() == pytest.approx(expected, rel=1e-12), (target, gamma)
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, Schedule.cosine(1000)], ids=["linear", "cosine"])
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_the_error_of_x0_weighs_the_same_whatever_the_target(schedule, gamma):
+    """An error d of x0 at fixed x_t is one of eps or v, got here from the schedule's algebra."""
+    t = torch.arange(1000)
+    generator = torch.Generator().manual_seed(0)
+    x0, d, eps = torch.randn(3, 1000, 1, 2, 2, generator=generator, dtype=torch.float64)
+    x_t = schedule.add_noise(x0, eps, t)
+    wrong = schedule.eps_from_x0(x_t, x0 + d, t)
+    errors = {
+        "eps": wrong - eps,
+        "v": schedule.v(x0 + d, wrong, t) - schedule.v(x0, eps, t),
+    }
+    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
+    expected = snr.clamp_max(gamma)
+    assert (snr > gamma).any() and (snr < gamma).any()
+    for target, error in errors.items():
+        weight = min_snr_weight(schedule, t, x0, target=target, gamma=gamma)
+        weighed = (weight * error.square()).sum((1, 2, 3)) / d.square().sum((1, 2, 3))
+        assert torch.allclose(weighed, expected, rtol=1e-6), target
+
+
+@pytest.mark.parametrize("target", ["eps", "v"])
+def test_min_snr_weights_each_image_in_the_loss(target):
+    x0, model = images(64).double(), Spy(lambda x_t, t: 0.3 * x_t)
+    options = {"target": target, "loss_weight": "min-snr", "min_snr_gamma": 3.0}
+    value = loss(model, x0, **options).item()
+    alpha_bar = SCHEDULE.alpha_bar[model.t]
+    a, sigma = alpha_bar.sqrt().view(-1, 1, 1, 1), (1 - alpha_bar).sqrt().view(-1, 1, 1, 1)
+    eps = (model.x_t - a * x0) / sigma
+    truth = eps if target == "eps" else a * eps - sigma * x0
+    of_image = (0.3 * model.x_t - truth).square().mean((1, 2, 3))
+    snr = alpha_bar / (1 - alpha_bar)
+    least = snr.minimum(torch.tensor(3.0))
+    weight = least / snr if target == "eps" else least / (snr + 1)
+    assert value == pytest.approx((weight * of_image).mean().item(), rel=1e-9)
+    authors = loss(model, x0, **options, loss_scale="authors").item()
+    assert authors == pytest.approx(value * x0[0].numel() / 64, rel=1e-9)
+
+
+def test_no_weight_is_the_loss_as_it_was():
+    """By the formula of Ho et al., bit for bit, and drawing the same numbers as with weights."""
+    x0, model = images(16), Spy(lambda x_t, t: 0.3 * x_t)
+    value = loss(model, x0, loss_weight="none", min_snr_gamma=1.0)
+    shown = model.x_t
+    assert torch.equal(value, loss(model, x0))
+    assert loss(model, x0, loss_weight="min-snr") < value
+    assert torch.equal(model.x_t, shown)
+    # An snr that is never above gamma: eps keeps its plain weight.
+    high = loss(model, x0, loss_weight="min-snr", min_snr_gamma=1e9)
+    assert high.item() == pytest.approx(value.item(), rel=1e-6)
+
+
+def test_min_snr_weights_are_exact_at_both_ends_in_float32():
+    """The cosine's snr spans 2e-9 to 2e4; from fp32 tables of both roots no digit is lost."""
+    schedule = Schedule.cosine(1000)
+    t = torch.arange(1000)
+    for target in ("eps", "v"):
+        fine, coarse = (
+            min_snr_weight(schedule, t, torch.empty(1000, 1, 1, 1, dtype=d), target=target, gamma=5)
+            for d in (torch.float64, torch.float32)
+        )
+        assert coarse.dtype == torch.float32
+        assert torch.allclose(coarse.double(), fine, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"loss_weight": "snr"}, "loss_weight 'snr' is none of none, min-snr"),
         ({"target": "x0"}, "target 'x0' is none of eps, v"),
         ({"class_dropout_per": "epoch"}, "'epoch' is none of sample, batch"),
         ({"loss_scale": "sum"}, "'sum' is none of mean, authors"),
