@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddb_fast.config import DiffusionConfig
 from ddb_fast.diffusion.generate import generate_batch
+from ddb_fast.diffusion.guidance import guided
 from ddb_fast.diffusion.losses import diffusion_loss
-from ddb_fast.diffusion.samplers import guided
 from ddb_fast.diffusion.schedule import make_schedule
 from ddb_fast.engine import EMA, build_optimizer
 from ddb_fast.models.unet import UNet

@@ -31,7 +31,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "moving_average": (0.0, 0.999),
     **dict.fromkeys(("q", "first_share"), (1e-6, 1.0)),
     **dict.fromkeys(("upweight", "draws"), _COUNT),
-    "inverse_strengths": (1e-6, math.inf),
+    **dict.fromkeys(("inverse_strengths", "min_snr_gamma"), (1e-6, math.inf)),
+    "guidance_interval": _SHARE,
+    "clip_percentile": (0.0, 100.0),
     "warmup": (0.0, 0.99),
     "ema_rampup": (1e-6, math.inf),
 }
@@ -148,6 +150,10 @@ class DiffusionConfig(Optimisation):
     target: Literal["eps", "v"] = "eps"
     loss_scale: Literal["mean", "authors"] = "mean"
     """authors: the squared error summed over everything, divided by batch_size squared."""
+    loss_weight: Literal["none", "min-snr"] = "none"
+    """min-snr: images with little noise count less (Hang et al. 2023), so that the error of the
+    implied x0 weighs min(signal-to-noise ratio, min_snr_gamma) whatever the target."""
+    min_snr_gamma: float = 5.0
     class_dropout: float = 0.1
     """Probability that a label is replaced by the null class (classifier-free guidance)."""
     class_dropout_per: Literal["sample", "batch"] = "sample"
@@ -164,15 +170,32 @@ class SamplingConfig:
     load: str | None = None
     """A folder per class with synthetic images (`--synthetic`): enter the road after this stage."""
     per_class: int = 1000
-    sampler: Literal["ddpm", "ddpm-authors", "ddim", "dpm-solver-pp-2m"] = "dpm-solver-pp-2m"
+    sampler: Literal["ddpm", "ddpm-authors", "ddim", "dpm-solver-pp-2m", "unipc"] = (
+        "dpm-solver-pp-2m"
+    )
     steps: int = 20
     """ddpm-authors always walks every timestep."""
     guidance_scale: float = 2.0
     """1 = off; the paper's w = guidance_scale - 1."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guidance acts where low < noise <= high, the noise being its share 1 - alpha_bar of the noisy
+    image's variance (0 a clean image, 1 noise alone; a published sigma is sigma^2 / (1 + sigma^2));
+    steps outside cost half. Equal ends: nowhere."""
     clip_x0: bool = True
     """Clamp the predicted image to the range of real pixels at every step."""
+    clip_percentile: float | None = None
+    """99.5, say: before that, shrink the image until so many per cent of its values lie in range
+    (dynamic thresholding), against the flat areas of strong guidance. None: clamp only."""
     batch_size: int = 128
-    """Images per batch on one device; short ones are padded, so any split gives the same images."""
+    """Images per batch on one device; short ones are padded, so any split gives the same images.
+    Halved where memory does not suffice, which may change them by rounding, and the log says so."""
+
+    def __post_init__(self):
+        interval = self.guidance_interval
+        if len(interval) != 2 or interval[0] > interval[1]:
+            raise ValueError(f"sampling.guidance_interval: {interval}: two shares, the lower first")
+        if self.clip_percentile is not None and not self.clip_x0:
+            raise ValueError("sampling.clip_percentile: needs sampling.clip_x0 true")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from ddb_fast.data.pixels import normalise
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.sources import list_folder
 from ddb_fast.data.store import FITS, gather, resident
-from ddb_fast.diffusion.generate import generate_batch, plan
+from ddb_fast.diffusion.generate import generate_within_memory, plan
 from ddb_fast.diffusion.losses import diffusion_loss
 from ddb_fast.diffusion.schedule import make_schedule
 from ddb_fast.engine import EMA, fit, step_seed
@@ -56,6 +56,8 @@ def train_diffusion(context: Context, folder: Path, resume: Path) -> float:
             class_dropout=config.class_dropout,
             class_dropout_per=config.class_dropout_per,
             loss_scale=config.loss_scale,
+            loss_weight=config.loss_weight,
+            min_snr_gamma=config.min_snr_gamma,
             batch_size=config.batch_size,
         )
 
@@ -121,7 +123,8 @@ def synthesise(
 
     guidance_scale: None for the configuration's; another one starts from the same noise.
     Image k depends on the weights, its label and its own seed only: every batch is padded to the
-    configured size, so world size and interruptions do not change a byte.
+    configured size, so world size and interruptions do not change a byte. Where memory does not
+    suffice for that size, a smaller one is used; every shard's metadata holds its own.
     """
     began = time.monotonic()
     config, accelerator = context.config.sampling, context.accelerator
@@ -138,26 +141,30 @@ def synthesise(
     start = total - sum(len(parts[b]) for b in missing)
     stage = "synthetic" if guidance_scale is None else "unguided"
     bar = Progress(context.log, stage, total=total, start=start, shown=shown)
+    at_once = config.batch_size
     with bar:
         for b in missing:
             part = parts[b]
             with accelerator.autocast():
-                images = generate_batch(
+                images, at_once = generate_within_memory(
                     unet,
                     labels[part],
                     seeds[part],
+                    at_once=at_once,
                     schedule=schedule,
                     target=diffusion.target,
                     sampler=config.sampler,
                     steps=config.steps,
                     guidance_scale=scale,
+                    guidance_interval=config.guidance_interval,
                     clip_x0=config.clip_x0,
+                    clip_percentile=config.clip_percentile,
                     pixel_norm=diffusion.pixel_norm,
                     image_size=diffusion.image_size,
-                    pad_to=config.batch_size,
                 )
             shard = {"images": images, "labels": labels[part], "seeds": seeds[part]}
-            checkpoint.save_tensors(shards / f"{b:06d}.safetensors", shard, {})
+            used = {"batch_size": at_once}
+            checkpoint.save_tensors(shards / f"{b:06d}.safetensors", shard, used)
             bar.update(len(part))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -4,24 +4,29 @@ Each image draws from its own random stream on the CPU, and batches are padded t
 a convolution's algorithm, which may depend on the batch size, cannot change a bit either.
 """
 
+import logging
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ddb_fast.data.pixels import denormalise, value_range
+from ddb_fast.diffusion.guidance import guided
 from ddb_fast.diffusion.samplers import (
-    guided,
     sample_ddim,
     sample_ddpm,
     sample_ddpm_authors,
     sample_dpm_solver_pp_2m,
+    sample_unipc,
     timesteps,
 )
 from ddb_fast.diffusion.schedule import Schedule
 
-SAMPLERS = ("ddpm", "ddpm-authors", "ddim", "dpm-solver-pp-2m")
+SAMPLERS = ("ddpm", "ddpm-authors", "ddim", "dpm-solver-pp-2m", "unipc")
+
+logger = logging.getLogger(__name__)
 
 
 def image_seed(run_seed: int, k: int) -> int:
@@ -79,7 +84,9 @@ def generate_batch(
     sampler: str,
     steps: int,
     guidance_scale: float,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     clip_x0: bool,
+    clip_percentile: float | None = None,
     pixel_norm: str,
     image_size: int,
     pad_to: int,
@@ -88,9 +95,9 @@ def generate_batch(
 
     unet(x, t, y) with an attribute null_class; evaluation mode and autocast are the caller's.
     y, seeds: (B,) int64, B <= pad_to; the batch is filled up to pad_to by repeating the last image.
-    sampler: one of SAMPLERS; ddpm-authors walks every timestep whatever `steps`. clip_x0: clamp the
-    predicted x0 to the range of real pixels. ValueError for unknown names, sizes that do not fit,
-    or images that are not finite.
+    sampler: one of SAMPLERS; ddpm-authors walks every timestep whatever `steps`. clip_x0: bring the
+    predicted x0 into the range of real pixels; clip_percentile and guidance_interval: see guidance.
+    ValueError for unknown names, sizes that do not fit, or images that are not finite.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is none of {', '.join(SAMPLERS)}")
@@ -113,7 +120,9 @@ def generate_batch(
         null_class=unet.null_class,
         target=target,
         schedule=schedule,
+        guidance_interval=guidance_interval,
         clip=(low.to(device), high.to(device)) if clip_x0 else None,
+        clip_percentile=clip_percentile,
     )
     x = noise()
     if sampler == "ddpm-authors":
@@ -124,9 +133,41 @@ def generate_batch(
             x = sample_ddpm(denoise, x, schedule=schedule, timesteps=walk, noise=noise)
         elif sampler == "ddim":
             x = sample_ddim(denoise, x, schedule=schedule, timesteps=walk)
+        elif sampler == "unipc":
+            x = sample_unipc(denoise, x, schedule=schedule, timesteps=walk)
         else:
             x = sample_dpm_solver_pp_2m(denoise, x, schedule=schedule, timesteps=walk)
     x = x[: len(y)]
     if not x.isfinite().all():
         raise ValueError(f"{sampler}: the images are not finite; the diffusion model has diverged")
     return denormalise(x, pixel_norm).cpu().contiguous()
+
+
+def generate_within_memory(
+    unet: nn.Module, y: Tensor, seeds: Tensor, *, at_once: int, **options: Any
+) -> tuple[Tensor, int]:
+    """`generate_batch`, at_once images at a time and half as many whenever memory does not suffice.
+
+    options: of `generate_batch`, without pad_to. Returns the images and the number that went
+    through at once, to begin with next time; all of them were made with it. Smaller batches may
+    change images by rounding, where an algorithm depends on the size; each halving is logged.
+    ValueError if not even one image fits.
+    """
+    while True:
+        try:
+            parts = torch.arange(len(y)).split(at_once)
+            images = [
+                generate_batch(unet, y[p], seeds[p], pad_to=at_once, **options) for p in parts
+            ]
+            return torch.cat(images), at_once
+        except torch.OutOfMemoryError as error:
+            reason = ". ".join(str(error).split(". ")[:2])
+        # Below the handler, because until its end the error holds the tensors that filled memory.
+        if at_once == 1:
+            raise ValueError(f"not even one image can be sampled at once: {reason}")
+        logger.warning(
+            "sampling %d images at once instead of %d, which may change them by rounding: %s",
+            at_once // 2, at_once, reason,
+        )  # fmt: skip
+        at_once //= 2
+        torch.cuda.empty_cache()

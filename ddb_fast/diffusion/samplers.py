@@ -1,7 +1,7 @@
 """Samplers: pure functions from noise to images, `sample_x(denoise, x, ...)`.
 
-`denoise(x_t, t)` returns the predicted (x0, eps); `guided` makes one from a network. The state x is
-(N, C, H, W) in float32 whatever precision the network runs in. Coefficients are Python floats
+`denoise(x_t, t)` returns the predicted (x0, eps); guidance.py makes one from a network. The state x
+is (N, C, H, W) in float32 whatever precision the network runs in. Coefficients are Python floats
 computed in fp64 from the schedule, and t is a Python int, so no step waits for the device.
 
 All but the authors' walk the timesteps they are given and end at the clean image; `timesteps`
@@ -15,9 +15,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ddb_fast.diffusion.guidance import Denoiser
 from ddb_fast.diffusion.schedule import Schedule
 
-Denoiser = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 Noise = Callable[[], Tensor]
 
 
@@ -36,51 +36,6 @@ def timesteps(T: int, steps: int) -> list[int]:
     # Never below the rank, so that no timestep is walked twice.
     spaced = [max(i, math.floor((T - 1) * (i / (steps - 1)) ** 2 + 0.5)) for i in range(steps)]
     return spaced[::-1]
-
-
-def guided(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
-    y: Tensor,
-    *,
-    guidance_scale: float,
-    null_class: int,
-    target: str,
-    schedule: Schedule,
-    clip: tuple[Tensor, Tensor] | None = None,
-) -> Denoiser:
-    """A denoiser with classifier-free guidance, both branches in one forward pass.
-
-    model(x, t, y) predicts `target`, eps or v; y: (N,) int64, the wanted classes. guidance_scale s:
-    prediction = null + s (conditional - null), which is the paper's (1 + w) eps_c - w eps_null
-    with s = 1 + w; s = 1 leaves the null branch out. clip: (low, high), broadcastable to x; the
-    predicted x0 is clamped to them and eps recomputed so that both still make up x_t.
-    ValueError for an unknown target. Source: Ho & Salimans 2022, equation 6.
-    """
-    if target not in ("eps", "v"):
-        raise ValueError(f"target {target!r} is none of eps, v")
-    both = guidance_scale != 1
-    if both:
-        y = torch.cat([y, torch.full_like(y, null_class)])
-
-    def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        batch = torch.cat([x, x]) if both else x
-        # Back to the state's precision before the branches are subtracted.
-        prediction = model(batch, torch.full_like(y, t), y).to(x.dtype)
-        if both:
-            # v guided is eps guided: at fixed x_t eps is affine in v, and the branches' weights,
-            # s and 1 - s, sum to one.
-            conditional, null = prediction.chunk(2)
-            prediction = torch.lerp(null, conditional, guidance_scale)
-        if target == "eps":
-            x0, eps = schedule.x0_from_eps(x, prediction, t), prediction
-        else:
-            x0, eps = schedule.x0_from_v(x, prediction, t), schedule.eps_from_v(x, prediction, t)
-        if clip is not None:
-            x0 = x0.clamp(*clip)
-            eps = schedule.eps_from_x0(x, x0, t)
-        return x0, eps
-
-    return denoise
 
 
 def _alpha_bars(schedule: Schedule, timesteps: Sequence[int]) -> list[float]:
@@ -167,9 +122,20 @@ def sample_ddim(
     return x
 
 
-def _half_log_snr(alpha_bar: float) -> float:
-    """lambda of Lu et al. 2022, the time in which the solver's steps are measured."""
-    return math.log(alpha_bar / (1 - alpha_bar)) / 2
+def _log_snr_step(alpha_bar: float, alpha_bar_next: float) -> float:
+    """h of Lu et al. 2022: a step's length in lambda = log(alpha / sigma), half the log-SNR."""
+    here, there = (math.log(a / (1 - a)) / 2 for a in (alpha_bar, alpha_bar_next))
+    return there - here
+
+
+def _integrate(x: Tensor, middle: Tensor, alpha_bar: float, alpha_bar_next: float) -> Tensor:
+    """The exact end of a step over which the predicted x0 is `middle`, or so on average.
+
+    The average is weighted with e^lambda. Source: Lu et al. 2022 (DPM-Solver++), equation 9.
+    """
+    shrink = math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar))
+    grow = -math.expm1(-_log_snr_step(alpha_bar, alpha_bar_next))
+    return shrink * x + math.sqrt(alpha_bar_next) * grow * middle
 
 
 def sample_dpm_solver_pp_2m(
@@ -186,11 +152,56 @@ def sample_dpm_solver_pp_2m(
         x0, _ = denoise(x, t)
         if alpha_bar_next == 1:
             return x0
-        h = _half_log_snr(alpha_bar_next) - _half_log_snr(alpha_bar)
+        h = _log_snr_step(alpha_bar, alpha_bar_next)
         middle = x0
         if previous is not None:
             middle = torch.lerp(previous, x0, 1 + h / (2 * h_previous))
-        shrink = math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar))
-        x = shrink * x - math.sqrt(alpha_bar_next) * math.expm1(-h) * middle
+        x = _integrate(x, middle, alpha_bar, alpha_bar_next)
         previous, h_previous = x0, h
+    return x
+
+
+def _average(
+    start: Tensor, end: Tensor, before: Tensor | None, h: float, h_before: float
+) -> Tensor:
+    """x0 over a step, averaged with e^lambda, from x0 at its start, its end and the step before.
+
+    Exact if x0 is a parabola in lambda; without a step before the ends count alike.
+    """
+    if before is None:
+        return torch.lerp(start, end, 0.5)
+    # What r and r^2 average to, r rising from 0 to 1 over the step; `before` lies at r < 0.
+    whole = -1 / math.expm1(-h)
+    line = whole - 1 / h
+    square = whole - 2 * line / h
+    r = -h_before / h
+    bend = (line - square) / (1 - r)
+    return start + bend / r * (before - start) + (line - bend) * (end - start)
+
+
+def sample_unipc(
+    denoise: Denoiser, x: Tensor, *, schedule: Schedule, timesteps: Sequence[int]
+) -> Tensor:
+    """UniPC-2 (B2, x0 predicted): third order from one network call a step, deterministic.
+
+    Its predictor is DPM-Solver++(2M)'s step. The answer at the end of a step, which the next step
+    asks for anyway, then corrects the state that the next step starts from. The first step is of
+    lower order, the last one goes to the clean image. Source: Zhao et al. 2023, algorithms 1, 2.
+    """
+    alpha_bars = _alpha_bars(schedule, timesteps)
+    begin, previous, before, h_previous, h_before = x, None, None, math.inf, math.inf
+    for i, (t, (alpha_bar, alpha_bar_next)) in enumerate(
+        zip(timesteps, pairwise(alpha_bars), strict=True)
+    ):
+        x0, _ = denoise(x, t)
+        if alpha_bar_next == 1:
+            return x0
+        h = _log_snr_step(alpha_bar, alpha_bar_next)
+        middle = x0
+        if previous is not None:
+            corrected = _average(previous, x0, before, h_previous, h_before)
+            x = _integrate(begin, corrected, alpha_bars[i - 1], alpha_bar)
+            middle = torch.lerp(previous, x0, 1 + h / (2 * h_previous))
+        begin, x = x, _integrate(x, middle, alpha_bar, alpha_bar_next)
+        previous, before, h_previous, h_before = x0, previous, h, h_previous
     return x

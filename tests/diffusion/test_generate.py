@@ -14,7 +14,8 @@ from ddb_fast.diffusion.generate import (
     image_seed,
     plan,
 )
-from ddb_fast.diffusion.samplers import guided, sample_dpm_solver_pp_2m, timesteps
+from ddb_fast.diffusion.guidance import guided
+from ddb_fast.diffusion.samplers import sample_dpm_solver_pp_2m, timesteps
 from ddb_fast.diffusion.schedule import Schedule
 from ddb_fast.models.unet import UNet
 
@@ -95,6 +96,10 @@ def test_the_network_always_sees_the_padded_batch():
     generate([0, 1, 2])
     generate([0, 1, 2], guidance_scale=1.0)
     assert NET.batches == [2 * PAD] * 5 + [PAD] * 5
+    # Steps 49, 28, 12, 3, 0: noise .995, .83, .29, .03, .001.
+    NET.batches.clear()
+    generate([0, 1, 2], guidance_interval=(0.2, 0.9))
+    assert NET.batches == [PAD, 2 * PAD, 2 * PAD, PAD, PAD]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -140,6 +145,9 @@ def test_clipping_and_steps_and_sampler_are_not_ignored():
         {"clip_x0": False},
         {"steps": 10},
         {"sampler": "ddim"},
+        {"sampler": "unipc"},
+        {"guidance_interval": (0.2, 0.9)},
+        {"clip_percentile": 90.0},
         {"guidance_scale": 1.0},
         {"target": "v"},
         {"pixel_norm": "imagenet"},
@@ -206,6 +214,8 @@ def test_plan_is_balanced_when_cut_short():
     [
         (lambda: generate([0], sampler="euler"), "'euler' is none of ddpm, ddpm-authors, ddim"),
         (lambda: generate([0], target="x0"), "'x0' is none of eps, v"),
+        (lambda: generate([0], guidance_interval=(1.0, 0.0)), "1.0 to 0.0 must not fall"),
+        (lambda: generate([0], clip_x0=False, clip_percentile=99.0), "99.0 needs limits"),
         (lambda: generate([0], pixel_norm="unit"), "'unit' is none of symmetric, imagenet"),
         (lambda: generate([0], steps=51), "51 sampling steps of 50 timesteps"),
         (lambda: generate(range(9)), r"\(9,\) labels and \(9,\) seeds: must be 1 to 8"),

@@ -1,4 +1,4 @@
-"""Samplers against closed forms; guidance, clipping and spacing against their definitions.
+"""Samplers against closed forms, spacing against its definition.
 
 For Gaussian data the best denoiser is known and linear, so a sampler maps its noises linearly to
 images: feeding unit impulses gives the mean and the standard deviation of what it samples exactly,
@@ -11,12 +11,13 @@ import math
 import pytest
 import torch
 
+from ddb_fast.diffusion.guidance import guided
 from ddb_fast.diffusion.samplers import (
-    guided,
     sample_ddim,
     sample_ddpm,
     sample_ddpm_authors,
     sample_dpm_solver_pp_2m,
+    sample_unipc,
     timesteps,
 )
 from ddb_fast.diffusion.schedule import Schedule
@@ -29,6 +30,7 @@ MEAN, STD = 0.3, 0.5
 SAMPLERS = {
     "ddim": lambda noise, **o: sample_ddim(**o),
     "dpm-solver-pp-2m": lambda noise, **o: sample_dpm_solver_pp_2m(**o),
+    "unipc": lambda noise, **o: sample_unipc(**o),
     "ddpm-posterior": lambda noise, **o: sample_ddpm(**o, noise=noise, variance="posterior"),
     "ddpm-beta": lambda noise, **o: sample_ddpm(**o, noise=noise, variance="beta"),
     "ddim-eta-1": lambda noise, **o: sample_ddim(**o, noise=noise, eta=1.0),
@@ -84,6 +86,7 @@ def moments(name, schedule, steps, **gauss):
     [
         ("ddim", {20: 0.1, 80: 0.025, 1000: 0.004}),
         ("dpm-solver-pp-2m", {20: 0.03, 80: 0.0015, 1000: 1e-4}),
+        ("unipc", {20: 0.02, 80: 5e-5, 1000: 2e-4}),
         ("ddpm-posterior", {20: 0.17, 80: 0.05, 1000: 0.0095}),
         ("ddpm-beta", {20: 0.08, 80: 0.02, 1000: 0.002}),
     ],
@@ -96,7 +99,7 @@ def test_samplers_recover_the_data(name, schedule, bounds):
         assert abs(mean - MEAN) < 2e-4, steps
 
 
-@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm-solver-pp-2m", 2)])
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm-solver-pp-2m", 2), ("unipc", 3)])
 def test_order_of_convergence(name, order):
     """The exact flow keeps x_t / std_t, so the state at the last t and its x0 are known."""
     alpha_bar = LINEAR.alpha_bar[[999, 199]]
@@ -132,10 +135,11 @@ def test_stochastic_ddim_is_ancestral_sampling_with_posterior_variance(schedule)
 
 
 @BOTH
-def test_the_first_order_solver_is_ddim(schedule):
+@pytest.mark.parametrize("name", ["dpm-solver-pp-2m", "unipc"])
+def test_the_first_order_solver_is_ddim(schedule, name):
     """Two steps: the solver's first and last are of first order, DDIM's exponential integrator."""
     ddim = moments("ddim", schedule, 2)
-    assert moments("dpm-solver-pp-2m", schedule, 2) == pytest.approx(ddim, rel=1e-9)
+    assert moments(name, schedule, 2) == pytest.approx(ddim, rel=1e-9)
 
 
 @BOTH
@@ -179,100 +183,13 @@ def test_the_authors_sampler_is_this_loop():
     assert next(stream, None) is None
 
 
-# --- guidance -----------------------------------------------------------------------------------
-
-
-class Counting:
-    """A model that remembers its calls; eps by default, v of the same eps and x0 on request."""
-
-    def __init__(self, target="eps", dtype=None):
-        self.target, self.dtype, self.calls = target, dtype, []
-
-    def __call__(self, x, t, y):
-        self.calls.append((x, t, y))
-        eps = torch.sin(3 * x + y.view(-1, 1, 1, 1)) + 0.1
-        if self.target == "v":
-            alpha_bar = LINEAR.alpha_bar[t].view(-1, 1, 1, 1)
-            x0 = (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
-            eps = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
-        return eps if self.dtype is None else eps.to(self.dtype)
-
-
-X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-Y = torch.tensor([4, 5])
-
-
-def denoiser(model, guidance_scale=2.0, clip=None):
-    return guided(
-        model,
-        Y,
-        guidance_scale=guidance_scale,
-        null_class=9,
-        target=model.target,
-        schedule=LINEAR,
-        clip=clip,
-    )
-
-
-@pytest.mark.parametrize("target", ["eps", "v"])
-@pytest.mark.parametrize("w", [-0.5, 0.0, 1.0, 4.0])
-def test_guidance_is_the_papers_formula_whatever_the_model_predicts(target, w):
-    """Guiding v gives the guided eps: eps is affine in v at fixed x_t and the weights sum to 1."""
-    x0, eps = denoiser(Counting(target), guidance_scale=1 + w)(X, 400)
-    model, t = Counting("eps"), torch.full((2,), 400)
-    expected = (1 + w) * model(X, t, Y) - w * model(X, t, torch.full_like(Y, 9))
-    assert torch.allclose(eps, expected, atol=1e-11)
-    alpha_bar = LINEAR.alpha_bar[400]
-    expected_x0 = (X - (1 - alpha_bar).sqrt() * expected) / alpha_bar.sqrt()
-    assert torch.allclose(x0, expected_x0, atol=1e-11)
-
-
-def test_both_branches_are_one_forward_pass():
-    model = Counting()
-    denoiser(model)(X, 7)
-    ((x, t, y),) = model.calls
-    assert torch.equal(x, torch.cat([X, X]))
-    assert t.tolist() == [7] * 4 and t.dtype == torch.int64
-    assert y.tolist() == [4, 5, 9, 9]
-
-
-def test_scale_one_pays_for_the_conditional_branch_only():
-    model = Counting()
-    denoiser(model, guidance_scale=1.0)(X, 7)
-    ((x, t, y),) = model.calls
-    assert torch.equal(x, X) and t.tolist() == [7] * 2 and y.tolist() == [4, 5]
-
-
-@pytest.mark.parametrize("target", ["eps", "v"])
-def test_clipping_keeps_x0_in_range_and_still_explains_x_t(target):
-    low, high = torch.tensor([-1.0, -0.5, 0.0]).view(3, 1, 1), torch.full((3, 1, 1), 0.9)
-    x0, eps = denoiser(Counting(target), clip=(low, high))(X, 400)
-    free, _ = denoiser(Counting(target))(X, 400)
-    assert torch.allclose(x0, torch.minimum(torch.maximum(free, low), high))
-    assert not torch.allclose(x0, free)
-    assert torch.allclose(LINEAR.add_noise(x0, eps, 400), X, atol=1e-12)
-
-
-def test_a_half_precision_network_leaves_the_state_in_float32():
-    """The branches are subtracted in fp32: guidance magnifies whatever rounding it is given."""
-    model, x = Counting(dtype=torch.bfloat16), X.float()
-    x0, eps = denoiser(model, guidance_scale=8.0)(x, 400)
-    assert x0.dtype == eps.dtype == torch.float32
-    t = torch.full((2,), 400)
-    conditional, null = (model(x, t, y).double() for y in (Y, torch.full_like(Y, 9)))
-    assert torch.allclose(eps.double(), 8 * conditional - 7 * null, atol=1e-5)
-
-
-def test_channels_last_reaches_the_network():
-    model, x = Counting(), X.to(memory_format=torch.channels_last)
-    x0, _ = denoiser(model)(x, 400)
-    assert model.calls[0][0].is_contiguous(memory_format=torch.channels_last)
-    assert x0.is_contiguous(memory_format=torch.channels_last)
+# --- speed --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*SAMPLERS, "authors"])
 @pytest.mark.parametrize("target", ["eps", "v"])
-def test_no_step_waits_for_the_device(name, target):
+@pytest.mark.parametrize("percentile", [None, 99.5])
+def test_no_step_waits_for_the_device(name, target, percentile):
     """Meta tensors have no values: whatever asks the device for one fails."""
     x, y = torch.empty(2, 3, 4, 4, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
     schedule = Schedule.linear(20, 1e-3, 0.2)
@@ -283,7 +200,9 @@ def test_no_step_waits_for_the_device(name, target):
         null_class=3,
         target=target,
         schedule=schedule,
+        guidance_interval=(0.2, 0.8),
         clip=(torch.zeros(3, 1, 1, device="meta"), torch.ones(3, 1, 1, device="meta")),
+        clip_percentile=percentile,
     )
     options = {"denoise": denoise, "x": x, "schedule": schedule}
     if name == "authors":
@@ -314,6 +233,9 @@ def test_timesteps_descend_from_the_last_without_repeats(T):
         assert all(a > b for a, b in itertools.pairwise(walk))
 
 
+X = torch.zeros(2, 3, 4, 4, dtype=torch.float64)
+
+
 def call(name, walk=(9, 4), **options):
     denoise = gaussian(LINEAR)
     return lambda: SAMPLERS[name](
@@ -331,6 +253,7 @@ def call(name, walk=(9, 4), **options):
         (call("dpm-solver-pp-2m", (9, 9, 4)), r"got \[9, 9, 4\]"),
         (call("ddim", (4, 9)), r"got \[4, 9\]"),
         (call("ddim", (9, -1)), r"got \[9, -1\]"),
+        (call("unipc", (9, 9, 4)), r"got \[9, 9, 4\]"),
         (lambda: sample_ddim(None, X, schedule=LINEAR, timesteps=[9], eta=0.5), "got 0.5"),
         (lambda: sample_ddim(None, X, schedule=LINEAR, timesteps=[9], eta=1.5), "got 1.5"),
         (
@@ -338,10 +261,6 @@ def call(name, walk=(9, 4), **options):
                 None, X, schedule=LINEAR, timesteps=[9], noise=None, variance="learned"
             ),
             "'learned' is none of beta, posterior",
-        ),
-        (
-            lambda: guided(None, Y, guidance_scale=2, null_class=9, target="x0", schedule=LINEAR),
-            "target 'x0' is none of eps, v",
         ),
     ],
 )

@@ -9,13 +9,19 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
 
+from ddb_fast.diffusion.guidance import guided
 from ddb_fast.diffusion.samplers import (
-    guided,
     sample_ddim,
     sample_ddpm,
     sample_dpm_solver_pp_2m,
+    sample_unipc,
     timesteps,
 )
 from ddb_fast.diffusion.schedule import Schedule
@@ -219,6 +225,31 @@ def test_dpm_solver_pp_2m_step_by_step_in_fp32(name, target, clip, steps):
     exact = sample_dpm_solver_pp_2m(denoise, x.double(), schedule=schedule, timesteps=walk)
     error, their_error = ((result - exact).abs().max() for result in (ours, theirs))
     assert error < 1e-4 or ((name, target) == ("cosine", "eps") and error < 2 * their_error < 2e-2)
+
+
+@with_targets
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+@pytest.mark.parametrize("steps", [1, 2, 3, 12, 20])
+def test_unipc(name, target, clip, steps):
+    """Their own loop, whose parts keep the state in fp64, with exact sigmas."""
+    schedule, denoise, prediction, x, options = setting(name, target, clip, torch.float64)
+    scheduler = UniPCMultistepScheduler(
+        **options,
+        solver_order=2,
+        solver_type="bh2",
+        final_sigmas_type="zero",
+        thresholding=clip,
+        sample_max_value=1.0,
+    )
+    scheduler.set_timesteps(steps)
+    walk = scheduler.timesteps.tolist()
+    alpha_bar = schedule.alpha_bar[walk]
+    scheduler.sigmas = torch.cat([((1 - alpha_bar) / alpha_bar).sqrt(), torch.zeros(1).double()])
+    theirs = x
+    for t in scheduler.timesteps:
+        theirs = scheduler.step(prediction(theirs, t), t, theirs).prev_sample
+    ours = sample_unipc(denoise, x, schedule=schedule, timesteps=walk)
+    same(ours, theirs, torch.float64)
 
 
 def test_the_comparison_is_not_vacuous():
