@@ -135,9 +135,10 @@ def sample(
 ) -> int:
     """Draw images of a generator into `out`, a new folder with one a class; return how many.
 
-    What is not given is as in the run, so that nothing given draws its synthetic set again. File
-    k.png is image k of the set of this seed, whichever classes are asked for. `out` appears whole
-    or not at all. ValueError, one line, for everything a user can get wrong.
+    What is not given is as in the run, so that nothing given draws its synthetic set again, bit
+    for bit. File k.png is image k of the set of this seed, whichever classes are asked for; fewer
+    images than the run's fill smaller batches, so theirs may differ in rounding. `out` appears
+    whole or not at all. ValueError, one line, for everything a user can get wrong.
     """
     generator, own_seed, precision = open_generator(path)
     names, own = generator.classes, generator.sampling
@@ -155,6 +156,9 @@ def sample(
         own_seed if seed is None else seed,
     )
     wanted = torch.tensor([k for k, y in enumerate(labels.tolist()) if names[y] in chosen])
+    size = own.batch_size
+    if len(wanted) < own.per_class * len(names):
+        size = min(size, len(wanted))
     generator.to(device)
     temporary = out.with_name(f".{out.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
@@ -162,8 +166,8 @@ def sample(
         for name in chosen:
             (temporary / name).mkdir(parents=True)
         with tqdm(total=len(wanted), desc=f"{'sample':>24}", unit="img", disable=None) as bar:
-            for part in wanted.split(own.batch_size):
-                # As accelerate does in a run, and padded as there: the same bits.
+            for part in wanted.split(size):
+                # As accelerate does in a run.
                 with torch.autocast(
                     device.type, _PRECISIONS.get(precision), enabled=precision in _PRECISIONS
                 ):
@@ -172,7 +176,7 @@ def sample(
                         seeds[part],
                         guidance_scale=guidance_scale,
                         steps=steps,
-                        batch_size=own.batch_size,
+                        batch_size=size,
                     )
                 for k, image in zip(part.tolist(), images.permute(0, 2, 3, 1), strict=True):
                     folder = temporary / names[labels[k]]
