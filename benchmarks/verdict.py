@@ -44,7 +44,7 @@ def write_set(root: Path, rho: float, draw: int, mislabelled: float) -> dict[str
 def row_of(run: Path, conflicting: dict[str, bool]) -> dict[str, Any]:
     """What the run's verdict says, and how well the images it rests on are the conflicting ones."""
     verdict = json.loads((run / "results.json").read_text("utf-8"))["verdict"]
-    unanimous, grown = verdict["checks"]
+    unanimous, grown, generator = verdict["checks"]
     return {
         "conflicting": sum(conflicting.values()),
         "training_images": len(conflicting),
@@ -53,6 +53,7 @@ def row_of(run: Path, conflicting: dict[str, bool]) -> dict[str, Any]:
         "unanimous_passed": unanimous["passed"],
         "p_grown": grown["value"],
         "grown_passed": grown["passed"],
+        "excess_errors": generator["value"],
         "at_odds": verdict["suspicious"]["count"],
     }
 
@@ -61,27 +62,28 @@ def table(rows: list[dict[str, Any]]) -> str:
     """A line for each kind of set: how many draws, in how many a bias was found, and by what."""
     lines = [
         "| rho | generator's images | mislabelled | in conflict | sets | bias found |"
-        " by unanimity | by growth | unanimous errors, lowest to highest |",
-        "|---|---|---|---|---|---|---|---|---|",
+        " by unanimity | by growth | none found | cannot tell | unanimous errors |",
+        "|---" * 11 + "|",
     ]
-    kinds = sorted({(-r["rho"], -r["images"], r["mislabelled"]) for r in rows}, reverse=True)
-    for rho, images, mislabelled in kinds:
-        of_kind = [
-            r
-            for r in rows
-            if (-r["rho"], -r["images"], r["mislabelled"]) == (rho, images, mislabelled)
-        ]
+
+    def kind(row: dict[str, Any]) -> tuple[float, int, float]:
+        return row["mislabelled"], -row["images"], row["rho"]
+
+    for mislabelled, images, rho in sorted({kind(row) for row in rows}):
+        of_kind = [row for row in rows if kind(row) == (mislabelled, images, rho)]
         shares = [r["unanimous"] for r in of_kind if r["unanimous"] is not None]
         counts = sorted({r["conflicting"] for r in of_kind})
         cells = (
-            f"{-rho:g}",
+            f"{rho:g}",
             f"{-images:,}",
             f"{100 * mislabelled:g} %",
             " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))),
             len(of_kind),
-            sum(r["found"] for r in of_kind),
+            sum(r["found"] is True for r in of_kind),
             sum(r["unanimous_passed"] for r in of_kind),
             sum(r["grown_passed"] for r in of_kind),
+            sum(r["found"] is False for r in of_kind),
+            sum(r["found"] is None for r in of_kind),
             f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %" if shares else "no error",
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -24,9 +24,14 @@ P_VALUE = 0.01
 """Of as much growth by chance; without a bias guidance takes errors away (docs/verdict.md)."""
 
 
+POOR = 0.2
+"""By how much more often amplifiers without guidance may err on real images than the ERM, before
+the generator says too little of them to call a set unbiased."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One of the things looked at: `value` on the far side of `limit` speaks for a bias."""
+    """One of the things looked at: a `value` that is compared with `limit`, and what came of it."""
 
     name: str
     question: str
@@ -37,9 +42,12 @@ class Check:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Verdict:
-    """found: whether a bias was found. at_odds: (N,) bool, the images on which it rests."""
+    """found: None where nothing was found and the generator is too poor to say that there is none.
 
-    found: bool
+    at_odds: (N,) bool, the images on which it rests.
+    """
+
+    found: bool | None
     at_odds: Tensor
     checks: tuple[Check, ...]
 
@@ -57,7 +65,8 @@ def judge(
     the share for which both and the ERM name the same wrong class has a lower 95 % Wilson bound
     above .4, and they are at least five. Grown: images that both guided ones give the same wrong
     class and both plain ones get right outnumber the reverse, by a one-sided sign test (guided and
-    plain exchanged at random) at p < .01.
+    plain exchanged at random) at p < .01. Where neither does, it takes a generator whose plain
+    amplifiers err on at most a fifth of the images more than the ERM to say that there is none.
 
     ValueError for other shapes.
     """
@@ -74,6 +83,8 @@ def judge(
     grown = (at_odds & ~wrong["plain"] & ~wrong["plain_again"]).sum().item()
     shrunk = (before & ~wrong["guided"] & ~wrong["again"]).sum().item()
     chance = sign_test(grown, shrunk)
+    plain_errors = (wrong["plain"].double().mean() + wrong["plain_again"].double().mean()) / 2
+    excess = (plain_errors - (erm != y).double().mean()).item()
     checks = (
         Check(
             name="unanimous",
@@ -90,8 +101,17 @@ def judge(
             limit=P_VALUE,
             passed=chance < P_VALUE,
         ),
+        Check(
+            name="generator",
+            question="Is the generator good enough to say that there is none: how much more often "
+            "do networks err that learnt from its images?",
+            value=excess,
+            limit=POOR,
+            passed=excess <= POOR,
+        ),
     )
-    return Verdict(found=any(c.passed for c in checks), at_odds=at_odds, checks=checks)
+    found = checks[0].passed or checks[1].passed or (False if checks[2].passed else None)
+    return Verdict(found=found, at_odds=at_odds, checks=checks)
 
 
 def sign_test(more: int, fewer: int) -> float:
@@ -107,8 +127,16 @@ def sign_test(more: int, fewer: int) -> float:
 def sentences(verdict: Verdict, count: int) -> list[str]:
     """The verdict on `count` training images, for a reader who is no expert."""
     odd = int(verdict.at_odds.sum())
-    unanimous, grown = verdict.checks
+    unanimous, grown, generator = verdict.checks
     share = 100 * (unanimous.value or 0.0)
+    if verdict.found is None:
+        return [
+            "Nothing can be said about a bias: the generator is too poor.",
+            "Networks that learnt from its images err on real ones "
+            f"{100 * generator.value:.0f} points more often than one trained on real images, and "
+            "the images on which they err tell nothing.",
+            "Train it longer (--diffusion.images), or give it more images.",
+        ]
     if not verdict.found:
         return [
             f"No bias was found among {count} training images.",

@@ -26,9 +26,10 @@ def votes(**wrong):
 def test_errors_that_all_networks_share_are_a_bias():
     everyone = {n: (range(8), 3) for n in ("guided", "again", "plain", "plain_again", "erm")}
     verdict = judge(Y, **votes(**everyone))
-    unanimous, grown = verdict.checks
+    unanimous, grown, generator = verdict.checks
     assert verdict.found and unanimous.passed and not grown.passed
     assert unanimous.value == 1.0 and grown.value == 1.0, "guidance changed nothing"
+    assert generator.value == 0.0 and generator.passed
     assert verdict.at_odds.nonzero()[:, 0].tolist() == list(range(8))
 
 
@@ -66,6 +67,17 @@ def test_no_error_at_all_is_no_bias():
     assert not verdict.found and verdict.checks[0].value is None
 
 
+def test_a_poor_generator_says_nothing_unless_a_bias_shows_all_the_same():
+    poor = {name: (range(40), 1) for name in ("plain", "plain_again")}
+    verdict = judge(Y, **votes(**poor, guided=(range(40), 2), again=(range(40), 3)))
+    assert verdict.found is None and verdict.checks[2].value == pytest.approx(0.4)
+    assert "too poor" in as_data(verdict, Y, ("cat", "dog"))["sentences"][0]
+    better = {name: (range(20), 1) for name in ("plain", "plain_again")}
+    assert judge(Y, **votes(**better)).found is False
+    everyone = {n: (range(40), 1) for n in ("guided", "again", "plain", "plain_again")}
+    assert judge(Y, **votes(**everyone, erm=(range(30), 1))).found is True
+
+
 def test_few_images_do_not_suffice():
     """Unanimous or not: fewer than five are as likely to be mislabelled."""
     names = ("guided", "again", "erm")
@@ -95,7 +107,7 @@ def test_chance_alone_is_seldom_a_bias():
             )
             for name in votes()
         }
-        found += judge(torch.zeros(400, dtype=torch.int64), **said).found
+        found += judge(torch.zeros(400, dtype=torch.int64), **said).found is True
     assert found <= 1
 
 
