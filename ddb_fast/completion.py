@@ -16,7 +16,12 @@ from ddb_fast.presets import PRESETS
 from ddb_fast.tabular import COLUMNS
 
 SHELLS = ("bash", "zsh", "fish")
-_VALUES = {"config": PRESETS, "configs": PRESETS, "methods": METHODS, "metric": COLUMNS}
+_VALUES = {
+    "config": PRESETS,
+    "configs": PRESETS,
+    "methods": (*METHODS, "none"),
+    "metric": COLUMNS,
+}
 """Values of arguments that are checked later than by their parser."""
 _PLAIN = re.compile(r"[\w.+-]+")
 
@@ -79,8 +84,8 @@ def commands() -> dict[str, tuple[str, list[Argument]]]:
 def _words(words: Iterable[str]) -> str:
     """Words as one, for a shell; they are our own, and need no quotes."""
     words = list(words)
-    strange = [word for word in words if not _PLAIN.fullmatch(word)]
-    assert not strange, strange
+    if strange := [word for word in words if not _PLAIN.fullmatch(word)]:
+        raise ValueError(f"{strange[0]!r} would need quotes in a shell's script")
     return " ".join(words)
 
 

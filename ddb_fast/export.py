@@ -124,6 +124,7 @@ def export(model: Classifier | BiasAmplifier | Generator, out: Path, *, format: 
         raise ValueError(f"{out}: not an empty folder; name another one")
     if format in PROGRAMS and isinstance(model, Generator):
         raise ValueError(f"format {format}: only classifier and amplifier; use pretrained")
+    out = out.absolute()  # `.` has no name
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.part")
     if unfinished.exists():  # of an export that was killed

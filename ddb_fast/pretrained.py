@@ -207,7 +207,9 @@ class _OfImages:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
         if images.is_floating_point():
-            low, high = images.aminmax() if images.numel() else (0, 1)
+            # A question about values, which a compiler cannot answer.
+            asked = images.numel() and not torch.compiler.is_compiling()
+            low, high = images.aminmax() if asked else (0, 1)
             if not (low >= 0 and high <= 1):
                 raise ValueError(
                     f"floating-point images must be in [0, 1], these are in [{low:.4g}, {high:.4g}]"
@@ -365,6 +367,12 @@ class Generator(_Model):
         size = min(own.batch_size, len(labels)) if batch_size is None else batch_size
         if size < 1:
             raise ValueError(f"batch_size {size} must be at least 1")
+        asked = {"guidance_scale": guidance_scale, "steps": steps, "sampler": sampler}
+        # All that says how an image is drawn, and not which of them and how many.
+        options = {
+            k: v for k, v in vars(own).items() if k not in ("load", "per_class", "batch_size")
+        }
+        options |= {name: value for name, value in asked.items() if value is not None}
         self.eval()
         schedule = make_schedule(self.config)
         images = [
@@ -374,13 +382,10 @@ class Generator(_Model):
                 seeds[part],
                 schedule=schedule,
                 target=self.config.target,
-                sampler=own.sampler if sampler is None else sampler,
-                steps=own.steps if steps is None else steps,
-                guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
-                clip_x0=own.clip_x0,
                 pixel_norm=self.config.pixel_norm,
                 image_size=self.config.image_size,
                 pad_to=size,
+                **options,
             )
             for part in torch.arange(len(labels)).split(size)
         ]

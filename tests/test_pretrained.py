@@ -224,6 +224,14 @@ def test_gradients_reach_the_pixels(folders):
     assert images.grad.abs().sum() > 0
 
 
+def test_a_compiler_takes_the_model_whole(folders):
+    model = Classifier.from_pretrained(folders / "Classifier")
+    images = torch.rand(2, 3, 24, 30)
+    with torch.inference_mode():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(images), model(images))
+
+
 # --- folders and the Hub -----------------------------------------------------------------------
 
 
