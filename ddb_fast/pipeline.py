@@ -38,6 +38,7 @@ from ddb_fast.generator import (
     synthesise,
     train_diffusion,
 )
+from ddb_fast.memorisation import memorisation
 from ddb_fast.methods import identify_errors, retrain_last_layer, train_method
 from ddb_fast.opinions import gather_opinions
 from ddb_fast.results import collect_results, table
@@ -61,10 +62,25 @@ def describe(data: ImageData) -> str:
     return f"{data.name}: {len(data.classes)} classes, {splits} images"
 
 
-def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -> dict[str, Any]:
-    """Run every stage of `config` that is not done and write the report; return the results.
+def read_data(
+    config: RunConfig, path: Path, listing: Listing | None = None, *, progress: bool = False
+) -> ImageData:
+    """The decoded images of the run in `path`; listing: of its data, where it was made before."""
+    return open_images(
+        open_listing(config.data) if listing is None else listing,
+        image_size=config.diffusion.image_size,
+        cache_size=config.data.cache_size,
+        cache_dir=path / "cache",
+        corrupt=config.data.corrupt,
+        progress=progress,
+    )
 
-    machine: a line on devices and precision, shown once the folder has accepted the run.
+
+def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -> dict[str, Any]:
+    """Run every stage of `config` that is not done and write the report.
+
+    Returns the results on the main process, nothing on others. machine: a line on devices and
+    precision, shown once the folder has accepted the run.
 
     Raises:
         ValueError: the data, the folder or a field does not allow the run; nothing is lost.
@@ -144,14 +160,7 @@ def _run_stages(
         accelerator.init_trackers("ddb_fast", config={"preset": config.preset})
     began = time.monotonic()
     with accelerator.main_process_first():
-        data = open_images(
-            listing,
-            image_size=config.diffusion.image_size,
-            cache_size=config.data.cache_size,
-            cache_dir=path / "cache",
-            corrupt=config.data.corrupt,
-            progress=config.progress and main,
-        )
+        data = read_data(config, path, listing, progress=config.progress and main)
     if not folder.done("data"):
         folder.begin("data")
         folder.finish("data", time.monotonic() - began)
@@ -161,7 +170,7 @@ def _run_stages(
     folder.record()
 
     stage = Stages(folder, accelerator)
-    scores = None
+    scores = real_scores = None
     if config.amplifies:
         scores = _amplify(context, stage, path)
         if config.audit:
@@ -170,15 +179,12 @@ def _run_stages(
         given = path / "amplifier" / "scores.csv"
         stage("scores", lambda: import_scores(context, given))
         scores = read_scores(given)
-    real_scores = None
     if CONTROLS.intersection(config.methods):
         real_scores = _amplify_real(context, stage, path / "real_amplifier")
     _train_methods(context, stage, path / "classifiers", scores, real_scores)
 
-    results = collect_results(path, config, data, scores, folder.seconds(), real_scores=real_scores)
+    results = write_results(path, config, data, folder.seconds()) if main else {}
     if main:
-        write_atomically(path / "results.json", json.dumps(results, indent=2) + "\n")
-        report.write(path, config, data, results)
         print(table(results))
         print(f"results: {path / 'results.json'}")
         for shown, name in ((scores, "amplifier"), (real_scores, "real_amplifier")):
@@ -186,6 +192,20 @@ def _run_stages(
                 print(f"scores:  {path / name / 'scores.csv'}")
         print(f"report:  {path / 'report.html'}")
     accelerator.wait_for_everyone()
+    return results
+
+
+def write_results(
+    path: Path, config: RunConfig, data: ImageData, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Write results.json and report.html from what the stages left; return the results."""
+    scores = read_scores(path / "amplifier" / "scores.csv") if config.scored else None
+    real_scores = None
+    if CONTROLS.intersection(config.methods):
+        real_scores = read_scores(path / "real_amplifier" / "scores.csv")
+    results = collect_results(path, config, data, scores, seconds, real_scores=real_scores)
+    write_atomically(path / "results.json", json.dumps(results, indent=2) + "\n")
+    report.write(path, config, data, results)
     return results
 
 
@@ -211,9 +231,18 @@ def _amplify(context: Context, stage: Stages, path: Path) -> Scores:
 
 
 def _audit(context: Context, stage: Stages, path: Path) -> None:
-    """What the verdict is judged from: amplifiers with and without guidance, and an ERM."""
-    sampling = context.config.sampling
-    if sampling.load is not None or sampling.guidance_scale <= 1:
+    """Did the generator copy images? And amplifiers with and without guidance, for the verdict."""
+    sampling, main = context.config.sampling, context.accelerator.is_main_process
+    work = partial(
+        memorisation,
+        context,
+        path / "synthetic" / "images.safetensors",
+        path / "amplifier" / "model.safetensors",
+        path / "memorisation.json",
+    )
+    stage("memorisation", lambda: work() if main else None)
+    unguided = sampling.guidance_scale <= 1 or len(set(sampling.guidance_interval)) == 1
+    if sampling.load is not None or unguided:
         given = "given" if sampling.load is not None else "sampled without guidance"
         logger.info("no verdict on whether there is a bias: the synthetic images are %s", given)
         return

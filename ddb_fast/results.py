@@ -69,6 +69,7 @@ def collect_results(
         "synthetic": _synthetic(path / "synthetic" / "images.safetensors", data),
         "amplifier": None if scores is None else _amplifier(scores, data),
         "verdict": _verdict(path / "audit", data),
+        "memorisation": _memorisation(path / "memorisation.json"),
         "real_amplifier": None if real_scores is None else _amplifier(real_scores, data),
         "seconds": seconds,
     }
@@ -85,6 +86,10 @@ def _synthetic(path: Path, data: ImageData) -> dict[str, Any] | None:
         share = groups.with_labels(labels, a).bias_aligned.double().mean().item()
         by = data.bias_of.__name__
     return {"count": len(labels), "aligned_share": share, "aligned_by": by}
+
+
+def _memorisation(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
 def _verdict(folder: Path, data: ImageData) -> dict[str, Any] | None:
