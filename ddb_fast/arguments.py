@@ -77,6 +77,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "config", metavar="PRESET_OR_CONFIG", help=f"{', '.join(PRESETS)}, or a .json file"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="then run a few steps of its stages again and show where their time goes",
+    )
     add_field_arguments(parser)
 
 
@@ -100,7 +105,7 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
     given = {
         name: value
         for name, value in vars(arguments).items()
-        if name not in ("config", "dry_run", "command") and value is not None
+        if name not in ("config", "dry_run", "profile", "command") and value is not None
     }
     config = with_fields(load_config(arguments.config), given)
     ignored = sorted(n for n in given if n.startswith("diffusion.") and n != "diffusion.load")
@@ -126,13 +131,16 @@ def check_takes_rho(source: str, option: str) -> None:
         )
 
 
-def parse_run(argv: Sequence[str], *, prog: str) -> tuple[RunConfig, bool]:
-    """(configuration, whether only to print it); exits with 2 and one line when it is wrong."""
+def parse_run(argv: Sequence[str], *, prog: str) -> tuple[RunConfig, bool, bool]:
+    """(configuration, whether only to print it, whether to profile the run).
+
+    Exits with 2 and one line when it is wrong.
+    """
     parser = OneLineParser(prog=prog, allow_abbrev=False, description="Run or resume the pipeline.")
     add_run_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
-        return run_config(arguments), arguments.dry_run
+        return run_config(arguments), arguments.dry_run, arguments.profile
     except ValueError as error:
         parser.error(str(error))
         raise AssertionError("unreachable") from None

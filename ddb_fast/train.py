@@ -57,8 +57,8 @@ def set_threads(threads: int | None) -> int:
     return count
 
 
-def run(config: RunConfig) -> None:
-    """Build the Accelerator and run the pipeline."""
+def run(config: RunConfig, *, profile: bool = False) -> None:
+    """Build the Accelerator and run the pipeline; `profile`: then show where its time goes."""
     import torch
     from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
     from accelerate.tracking import get_available_trackers
@@ -97,21 +97,27 @@ def run(config: RunConfig) -> None:
     )
     try:
         run_pipeline(config, accelerator, machine=machine)
+        if profile:
+            from ddb_fast.profiling import profile_run
+
+            profile_run(config.out, accelerator)
     finally:
         accelerator.end_training()
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
     """Run from arguments; a user's error is one line and exit 2."""
-    config, dry_run = parse_run(sys.argv[1:] if argv is None else argv, prog=prog)
+    config, dry_run, profile = parse_run(sys.argv[1:] if argv is None else argv, prog=prog)
     if dry_run:
         sys.stdout.write(to_json(config))
         return 0
+    if profile:  # its own chatter; read while torch is loaded
+        os.environ.setdefault("KINETO_LOG_LEVEL", "3")
     from torch import OutOfMemoryError
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        run(config)
+        run(config, profile=profile)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command continues", file=sys.stderr)
         return 130

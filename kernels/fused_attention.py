@@ -75,7 +75,7 @@ def _backward(
     return results
 
 
-class _Function(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -106,7 +106,7 @@ def attention_with(name: str, fused: Fused) -> Mapping[str, Callable[..., Tensor
         if torch.compiler.is_compiling():
             return traced(q, k, v, num_heads, scale)[0]
         if torch.is_grad_enabled():
-            return _Function.apply(fused, q, k, v, num_heads, scale)
+            return _Attention.apply(fused, q, k, v, num_heads, scale)
         return _forward(fused, q, k, v, num_heads, scale)[0]
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:

@@ -49,7 +49,7 @@ class Fused(NamedTuple):
     backward: Callable[..., Gradients]
 
 
-class _Function(torch.autograd.Function):
+class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -180,7 +180,7 @@ def group_norm_with(fused: Fused, traced: Callable[..., Any]) -> Callable[..., A
         if torch.compiler.is_compiling():
             y, total, _, _ = traced(*arguments)
         elif differentiable:
-            return _Function.apply(fused, *arguments, return_sum)
+            return _GroupNorm.apply(fused, *arguments, return_sum)
         else:
             y, total, _, _ = fused.forward(*arguments)
         return (y, total) if return_sum else y

@@ -14,7 +14,7 @@ LAYERS = [
     {"kernels"},
     {"models", "data", "metrics", "verdict"},
     {"recipes", "diffusion"},
-    {"engine", "checkpoint", "trackers"},
+    {"engine", "checkpoint", "trackers", "costs"},
     {
         "context",
         "generator",
@@ -24,12 +24,14 @@ LAYERS = [
         "run_folder",
         "results",
         "report",
+        "figures",
+        "memorisation",
         "feasible",
         "opinions",
         *("provenance", "model_card", "pretrained"),
     },
-    {"pipeline", "sweep", "apply", "evaluation", "export"},
-    {"cli", "train", "use_run", "completion"},
+    {"pipeline", "sweep", "apply", "evaluation", "export", "profiling"},
+    {"cli", "train", "use_run", "completion", "facade"},
 ]
 STDLIB_ONLY = {
     *("config", "presets", "benchmark_presets", "arguments"),

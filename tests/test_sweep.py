@@ -56,7 +56,7 @@ def test_the_words_of_a_run_mean_its_configuration(tmp_path):
     runs = planned(*words)
     assert len(runs) == 2
     for run in runs:
-        assert parse_run(run.words, prog="run") == (run.config, False)
+        assert parse_run(run.words, prog="run") == (run.config, False, False)
 
 
 def test_data_for_all_and_data_for_one(tmp_path):
