@@ -167,13 +167,66 @@ def _networks(found: list[Row]) -> str:
     return table(("form", "batch", *names, "ours is faster"), body)
 
 
+def _in_turns(found: list[Row]) -> str:
+    """Seconds of forms that took turns, and how many times as long each took as ours."""
+    text = ""
+    for row in found:
+        ours, low_high = row["seconds"]["ours"], row["spread"]
+        body = [
+            (name, seconds, " to ".join(map(_text, low_high[name])), seconds / ours)
+            for name, seconds in row["seconds"].items()
+        ]
+        notes = _details(row, {"key", "took", "what", "seconds", "spread"})
+        header = ("form", "seconds", "1st to 9th tenth", "times ours")
+        text += f"\n## {row['what']}\n{table(header, body)}\n{notes}\n"
+    return text
+
+
+def _memory(found: list[Row]) -> str:
+    if not found:
+        return ""
+    ours = next((row["peak MB"] for row in found if row["form"] == "ours"), None)
+    body = [
+        (r["form"], r["batch"], r["peak MB"], r["kept MB"], ours and r["peak MB"] / ours)
+        for r in found
+    ]
+    header = ("form", "batch", "peak beyond what is kept, MB", "resident before, MB", "times ours")
+    return "\n## Memory of a training step\n" + table(header, body)
+
+
+def _step(found: list[Row]) -> str:
+    """Of a GPU a line a form; of a CPU the forms side by side, and their memory."""
+    memory = [row for row in found if "kept MB" in row]
+    turns = [row for row in found if "seconds" in row]
+    forms = [row for row in found if row not in memory and row not in turns]
+    return (_networks(forms) if forms else "") + _in_turns(turns) + _memory(memory)
+
+
+def _scaling(found: list[Row]) -> str:
+    """Images a second and microseconds of looking up, a line a number of images and batch."""
+    text = ""
+    for name, title in (
+        ("images/s", "Images a second"),
+        ("lookups us", "Microseconds a step for sampler, pixels and the method's tables"),
+    ):
+        header = ("batch", "images", *found[0][name]) if found else ()
+        body = [(row["batch"], row["images"], *row[name].values()) for row in found]
+        text += f"\n## {title}\n" + (table(header, body) if found else "")
+    body = [
+        (r["batch"], r["images"], r["anonymous MB"], max(r["grown MB"].values())) for r in found
+    ]
+    header = ("batch", "images", "in the generator's training, MB", "most grown in a training, MB")
+    return text + "\n## Anonymous memory\n" + table(header, body)
+
+
 _TABLES: dict[str, Callable[[list[Row]], str]] = {
     "correctness": _correctness,
     "kernels": _kernels,
     "tune": _tune,
-    "step": _networks,
-    "sampling": _networks,
+    "step": _step,
+    "sampling": _step,
     "cpu": _cpu,
+    "scaling": _scaling,
 }
 
 

@@ -1,65 +1,45 @@
 """What the parts `step` and `sampling` measure: whole networks, ours beside the authors' form.
 
-The authors' form is the network of their generator in fp32 and NCHW with explicit attention,
-trained with the same optimiser and sampled in two forward passes a step. The network itself is
-`tests/authors_network.py`, which our U-Net is tested against.
+Between the two stand what plain torch gives for a few lines (bf16, channels_last, fused attention)
+and torch.compile on top of that. On a GPU each form has a row of its own; on a CPU, which others
+may be using, the forms take turns within one row, and their ratio is what counts.
 """
 
 import functools
-import statistics
-import sys
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
+import measure
 import torch
-import torch.nn.functional as F
-from checkout import ROOT
-from measure import Timing
+from measure import Call, Timing
 from rows import Item, Row
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ddb_fast.config import DiffusionConfig
+from authors_form import Authors, WithSDPA, ancestral_steps
+from ddb_fast.config import DiffusionConfig, SamplingConfig
+from ddb_fast.costs import flop_counter, matmul_ceiling
 from ddb_fast.diffusion.generate import generate_batch
-from ddb_fast.diffusion.guidance import guided
 from ddb_fast.diffusion.losses import diffusion_loss
 from ddb_fast.diffusion.schedule import make_schedule
 from ddb_fast.engine import EMA, build_optimizer
+from ddb_fast.kernels import use_backend
 from ddb_fast.models.unet import UNet
 from ddb_fast.presets import PRESETS
-
-sys.path.append(str(ROOT / "tests"))
-from authors_network import Authors
 
 CLASSES = 2
 # The authors' steps that are timed, of the 999 they take.
 _TIMED_STEPS = 20
 
 
-class WithSDPA(Authors):
-    """The authors' network with torch's fused attention, for channels_last and torch.compile."""
-
-    @staticmethod
-    def res(block: nn.ModuleDict, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
-        h = block["block1"](x)
-        h = h + block["temb_proj"](time)[:, :, None, None]
-        h = h + block["cond_proj"](label)[:, :, None, None]
-        h = block["block2"](h) + block["shortcut"](x)
-        if isinstance(block["attn"], nn.Identity):
-            return h
-        normed = block["attn"]["group_norm"](h)
-        q, k, v = (
-            block["attn"][f"proj_{letter}"](normed).flatten(2).mT[:, None] for letter in "qkv"
-        )
-        o = F.scaled_dot_product_attention(q, k, v)[:, 0]
-        return h + block["attn"]["proj"](o.mT.unflatten(2, h.shape[2:]))
-
-
 @dataclass(frozen=True)
 class Form:
-    """How a network is run: which one, in what precision and layout, compiled in which mode."""
+    """How a network is run: which one, in what precision and layout, compiled in which mode.
+
+    attention: of our network run on torch's own operators, the backend of its attention.
+    """
 
     name: str
     network: type[nn.Module]
@@ -67,6 +47,7 @@ class Form:
     channels_last: bool
     tf32: bool = True
     compiled: str | None = None
+    attention: str | None = None
 
 
 FORMS = (
@@ -78,6 +59,19 @@ FORMS = (
     Form("compile max-autotune, bf16, channels_last, SDPA", WithSDPA, True, True,
          compiled="max-autotune"),
 )  # fmt: skip
+# Without TF32, which is a GPU's; max-autotune gains a CPU nothing and takes minutes to compile.
+CPU_FORMS = (
+    FORMS[0],
+    FORMS[1],
+    FORMS[3],
+    Form("compile bf16, channels_last, SDPA", WithSDPA, True, True, compiled="default"),
+)
+# The authors' way with our network: the presets' smaller ones are no shape that theirs can have.
+AUTHORS_WAY = Form("authors' way", UNet, False, True, attention="reference")
+BF16_WAY = Form("authors' way in bf16", UNet, True, True, attention="torch")
+COMPILED_WAY = Form("compiled", UNet, True, True, compiled="default", attention="torch")
+CPU_WAYS = ("ours", "ours, fp32", "authors", "authors' steps in bf16",
+            "authors' steps in bf16, compiled")  # fmt: skip
 
 
 def build(form: Form, config: DiffusionConfig, device: torch.device) -> nn.Module:
@@ -109,7 +103,7 @@ def forward_flops(config: DiffusionConfig) -> int:
         network = build(FORMS[1], config, torch.device("meta")).eval()
         x = torch.empty(1, 3, config.image_size, config.image_size)
         t = torch.zeros(1, dtype=torch.int64)
-        counter = FlopCounterMode(display=False)
+        counter = flop_counter()
         with counter, torch.no_grad():
             network(x, t, t)
     return counter.get_total_flops()
@@ -126,7 +120,7 @@ def _precision(form: Form, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def seconds_of(device: torch.device, call: Callable[[], object], rounds: int) -> Timing:
+def seconds_of(device: torch.device, call: Call, rounds: int) -> Timing:
     """Wall-clock time of a call that is waited for, after two that are not counted."""
     seconds = []
     for i in range(rounds + 2):
@@ -140,24 +134,24 @@ def seconds_of(device: torch.device, call: Callable[[], object], rounds: int) ->
 
 
 @functools.cache
-def matmul_ceiling(device: torch.device, size: int) -> float:
+def bf16_ceiling(device: torch.device, size: int) -> float:
     """FLOP/s of a bf16 matrix product of `size` squared, measured once in this process."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = statistics.median(
-        seconds_of(device, lambda: [a @ b for _ in range(20)], 5).median / 20 for _ in range(3)
-    )
-    return 2 * size**3 / seconds
+    return matmul_ceiling(device, torch.bfloat16, size)
 
 
-def step_row(
-    device: torch.device, form: Form, config: DiffusionConfig, batch: int, ceiling: int
-) -> Row:
-    """Time a training step: loss, backward, clipping, optimiser and, in ours, moving average."""
-    torch.compiler.reset()
+def training_step(
+    device: torch.device, form: Form, config: DiffusionConfig, batch: int
+) -> tuple[nn.Module, Call]:
+    """A network and its step: loss, backward, clipping, optimiser and, in ours, moving average."""
     network = build(form, config, device).train()
     model = torch.compile(network, mode=form.compiled) if form.compiled else network
     schedule = make_schedule(config)
-    optimizer = build_optimizer(config, list(network.parameters()))
+    parameters = list(network.parameters())
+    if form.network is Authors:
+        # As they call it; the others have the fused one.
+        optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    else:
+        optimizer = build_optimizer(config, parameters)
     ema = EMA(network, half_life=100_000, rampup=0.05) if form.network is UNet else None
     x0 = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
     y = torch.arange(batch, device=device) % CLASSES
@@ -171,22 +165,47 @@ def step_row(
         # Convolutions of the backward pass obey the same switch.
         with _precision(replace(form, bf16=False), device):
             loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
             ema.update(100_000, batch)
 
+    return network, step
+
+
+def forward_pass(device: torch.device, form: Form, config: DiffusionConfig, batch: int) -> Call:
+    """A forward pass in evaluation mode, as sampling makes it."""
+    network = build(form, config, device).eval()
+    model = torch.compile(network, mode=form.compiled) if form.compiled else network
+    x = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
+    t = torch.arange(batch, device=device) * (config.timesteps // batch)
+    y = torch.arange(batch, device=device) % CLASSES
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        with _precision(form, device):
+            return model(x, t, y)
+
+    return forward
+
+
+def step_row(
+    device: torch.device, form: Form, config: DiffusionConfig, batch: int, ceiling: int
+) -> Row:
+    """Time a training step, and its peak memory on a GPU."""
+    torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    _, step = training_step(device, form, config, batch)
     timing = seconds_of(device, step, 10 if device.type == "cuda" else 3)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     flops = 3 * forward_flops(config) * batch
     return {
         "form": form.name, "batch": batch, "ms": timing.median * 1e3,
         "images/s": batch / timing.median, "GFLOP/image": flops / batch / 1e9,
-        "share of matmul": flops / timing.median / matmul_ceiling(device, ceiling),
-        "matmul TFLOP/s": matmul_ceiling(device, ceiling) / 1e12,
+        "share of matmul": flops / timing.median / bf16_ceiling(device, ceiling),
+        "matmul TFLOP/s": bf16_ceiling(device, ceiling) / 1e12,
         "peak GB": peak and peak / 1e9, "how": timing.how,
     }  # fmt: skip
 
@@ -206,31 +225,103 @@ def step_items(
             )
 
 
+def cpu_step_items(config: DiffusionConfig, batch: int = 4, rounds: int = 7) -> Iterator[Item]:
+    """A forward pass and a training step, every form in turns within one row."""
+    device = torch.device("cpu")
+    makers = {"forward": forward_pass, "training step": lambda *a: training_step(*a)[1]}
+    flops = forward_flops(config) * batch
+    for (what, make), times in zip(makers.items(), (1, 3), strict=True):
+
+        def row(what: str = what, make: Callable = make, times: int = times) -> Row:
+            torch.compiler.reset()
+            calls = {form.name: make(device, form, config, batch) for form in CPU_FORMS}
+            timings = measure.interleaved(calls, rounds=rounds)
+            return {
+                **_in_turns(f"{what}, batch {batch}", timings, dict.fromkeys(calls, 1)),
+                "GFLOP": times * flops / 1e9,
+                "matmul GFLOP/s": bf16_ceiling(device, 2048) / 1e9,
+            }
+
+        yield f"{what} {batch}", row
+
+
+def _in_turns(what: str, timings: Mapping[str, Timing], calls: Mapping[str, float]) -> Row:
+    """A row of forms measured side by side: seconds by form, for so many calls of it."""
+    return {
+        "what": what,
+        "seconds": {name: t.median * calls[name] for name, t in timings.items()},
+        "spread": {n: [t.low * calls[n], t.high * calls[n]] for n, t in timings.items()},
+        "how": next(iter(timings.values())).how,
+    }
+
+
+def our_sampling(
+    network: nn.Module, config: DiffusionConfig, sampling: SamplingConfig, y: Tensor, seeds: Tensor
+) -> Tensor:
+    """A batch of images of the classes y from noise, as the repository samples them."""
+    return generate_batch(
+        network, y, seeds, schedule=make_schedule(config), target=config.target,
+        sampler=sampling.sampler, steps=sampling.steps, guidance_scale=sampling.guidance_scale,
+        guidance_interval=sampling.guidance_interval, clip_x0=sampling.clip_x0,
+        clip_percentile=sampling.clip_percentile, pixel_norm=config.pixel_norm,
+        image_size=config.image_size, pad_to=len(y),
+    )  # fmt: skip
+
+
+def _our_call(
+    network: nn.Module, form: Form, config: DiffusionConfig, sampling: SamplingConfig, batch: int
+) -> Call:
+    y, seeds = torch.arange(batch) % CLASSES, torch.arange(batch)
+    device = next(network.parameters()).device
+
+    def call() -> Tensor:
+        with _precision(form, device):
+            return our_sampling(network, config, sampling, y, seeds)
+
+    return call
+
+
+def authors_sampling(
+    network: nn.Module, form: Form, config: DiffusionConfig, y: Tensor, steps: int | None
+) -> Call:
+    """Images of the classes y by the first steps of the authors' loop, or all, with any network."""
+    model = torch.compile(network, mode=form.compiled) if form.compiled else network
+    schedule = make_schedule(config)
+
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        prediction = model(x, t, y).float()
+        return prediction if config.target == "eps" else schedule.eps_from_v(x, prediction, t)
+
+    def call() -> Tensor:
+        plain = nullcontext()
+        if form.attention is not None:
+            plain = use_backend(group_norm="torch", attention=form.attention)
+        x = torch.randn(len(y), 3, config.image_size, config.image_size, device=y.device)
+        with _precision(form, y.device), plain:
+            return ancestral_steps(
+                predict, x, y, null_class=network.null_class, alpha_bar=schedule.alpha_bar,
+                steps=steps,
+            )  # fmt: skip
+
+    return call
+
+
 def sampling_row(
     device: torch.device, form: Form, config: DiffusionConfig, batch: int, steps: int
 ) -> Row:
     """Time images from noise: ours with the repository's sampler, else the authors' loop."""
+    torch.compiler.reset()
     network = build(form, config, device).eval()
-    y = torch.arange(batch) % CLASSES
     if form.network is UNet:
-        what = f"dpm-solver-pp-2m, {steps} steps, guidance 2, both branches in one pass"
-
-        def call() -> None:
-            with _precision(form, device):
-                generate_batch(
-                    network, y, torch.arange(batch), schedule=make_schedule(config),
-                    target=config.target, sampler="dpm-solver-pp-2m", steps=steps,
-                    guidance_scale=2.0, clip_x0=True, pixel_norm=config.pixel_norm,
-                    image_size=config.image_size, pad_to=batch,
-                )  # fmt: skip
-
-        timing = seconds_of(device, call, 3)
+        sampling = SamplingConfig(steps=steps)
+        what = f"{sampling.sampler}, {steps} steps, guidance 2, both branches in one pass"
+        timing = seconds_of(device, _our_call(network, form, config, sampling, batch), 3)
         seconds = timing.median
     else:
         walk = config.timesteps - 1
+        y = torch.arange(batch, device=device) % CLASSES
         what = f"ancestral, {walk} steps, two passes; {steps} steps timed, the rest extrapolated"
-        timing = seconds_of(device, functools.partial(
-            _authors_steps, network, config, y.to(device), steps, form), 3)  # fmt: skip
+        timing = seconds_of(device, authors_sampling(network, form, config, y, steps), 3)
         seconds = timing.median * walk / steps
     return {
         "form": form.name, "batch": batch, "images/s": batch / seconds,
@@ -239,39 +330,56 @@ def sampling_row(
     }  # fmt: skip
 
 
-@torch.inference_mode()
-def _authors_steps(
-    network: nn.Module, config: DiffusionConfig, y: Tensor, steps: int, form: Form
-) -> Tensor:
-    """The first steps of their loop: conditional and null branch apart, noise drawn each step."""
-    schedule = make_schedule(config)
-    one = functools.partial(
-        guided, network, guidance_scale=1, null_class=CLASSES, target=config.target,
-        schedule=schedule,
-    )  # fmt: skip
-    conditional, null = one(y), one(torch.full_like(y, CLASSES))
-    alpha_bar = schedule.alpha_bar.tolist()
-    x = torch.randn(len(y), 3, config.image_size, config.image_size, device=y.device)
-    with _precision(form, y.device):
-        for t in range(config.timesteps - 1, config.timesteps - 1 - steps, -1):
-            eps = 2 * conditional(x, t)[1] - null(x, t)[1]
-            beta = 1 - alpha_bar[t] / alpha_bar[t - 1]
-            x = (x - beta / (1 - alpha_bar[t]) ** 0.5 * eps) / (1 - beta) ** 0.5
-            x = x + beta**0.5 * torch.randn_like(x)
-    return x
-
-
 def sampling_items(
     device: torch.device, config: DiffusionConfig, batch: int = 128, steps: int = _TIMED_STEPS
 ) -> Iterator[Item]:
-    """Images per second of ours, and of the authors' form with TF32 in convolutions and without."""
-    for form in FORMS[:3]:
+    """Images per second of ours, and of the authors' loop with each form of their network."""
+    for form in (*FORMS[:3], FORMS[5]):
         yield (
             f"sampling {form.name} {batch}",
             functools.partial(sampling_row, device, form, config, batch, steps),
         )
 
 
-def preset() -> DiffusionConfig:
-    """The configuration whose figures are published: `ddb`."""
-    return PRESETS["ddb"]().diffusion
+def cpu_ways(
+    config: DiffusionConfig, sampling: SamplingConfig, batch: int, *, steps: int = _TIMED_STEPS
+) -> tuple[dict[str, Call], dict[str, float]]:
+    """Ways to draw a batch with one network, ours, and how often each has to be called for it.
+
+    Their ways take `steps` of their steps a call. In fp32 they run torch's own operators, attention
+    through explicit maps: their form of a network whose shape theirs cannot have.
+    """
+    torch.compiler.reset()
+    network = build(FORMS[0], config, torch.device("cpu")).eval()
+    y = torch.arange(batch) % CLASSES
+    calls = {
+        name: _our_call(network, replace(FORMS[0], bf16=bf16), config, sampling, batch)
+        for name, bf16 in zip(CPU_WAYS[:2], (True, False), strict=True)
+    }
+    for name, form in zip(CPU_WAYS[2:], (AUTHORS_WAY, BF16_WAY, COMPILED_WAY), strict=True):
+        calls[name] = authors_sampling(network, form, config, y, steps)
+    walk = (config.timesteps - 1) / steps
+    return calls, {name: 1.0 if name in CPU_WAYS[:2] else walk for name in CPU_WAYS}
+
+
+def cpu_sampling_items(
+    config: DiffusionConfig, sampling: SamplingConfig, steps: int = _TIMED_STEPS, rounds: int = 5
+) -> Iterator[Item]:
+    """1,000 images in batches of the configured size, the ways in turns within one row."""
+
+    def row() -> Row:
+        calls, walks = cpu_ways(config, sampling, sampling.batch_size, steps=steps)
+        batches = math.ceil(1000 / sampling.batch_size)
+        what = f"1,000 images of {config.image_size} pixels, {batches} x {sampling.batch_size}"
+        timings = measure.interleaved(calls, rounds=rounds)
+        return {
+            **_in_turns(what, timings, {name: batches * walk for name, walk in walks.items()}),
+            "extrapolated": f"from one batch, and {config.timesteps - 1} steps from {steps}",
+        }
+
+    yield f"sampling 1000 images {config.image_size} pixels", row
+
+
+def preset(name: str = "ddb") -> DiffusionConfig:
+    """A preset's generator; `ddb` is the one whose figures are published."""
+    return PRESETS[name]().diffusion

@@ -1,22 +1,32 @@
 """The benchmark suite: rows that survive, contenders that must be right, tables worked by hand."""
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 
+import aligned
 import closeness
 import contenders
 import correctness
 import merge
 import networks
+import peak_memory
 import pytest
 import rows
+import scaling
 import shapes
 import speed
 import suite
 import torch
 import tune
+from accelerate.state import AcceleratorState
 
+import authors_form
+from ddb_fast.config import SamplingConfig
+from ddb_fast.diffusion.guidance import guided
+from ddb_fast.diffusion.samplers import sample_ddpm_authors
+from ddb_fast.diffusion.schedule import Schedule
 from ddb_fast.kernels import tuned
 
 CPU = torch.device("cpu")
@@ -324,13 +334,18 @@ def test_the_part_correctness_runs():
     assert heads["gradient"] <= 6e-6
 
 
-def test_the_parts_of_networks_run(monkeypatch):
-    ours = networks.preset()
-    # 222 GFLOP for a training step of an image, as the roofline has it.
-    assert 3 * networks.forward_flops(ours) == pytest.approx(222e9, rel=1e-3)
-    unet = replace(ours.unet, channels=32, channel_multipliers=(1, 2), blocks_per_level=1,
+def small_generator():
+    """The `ddb` generator, cut down to milliseconds; both networks can have its shape."""
+    config = networks.preset()
+    unet = replace(config.unet, channels=32, channel_multipliers=(1, 2), blocks_per_level=1,
                    attention_levels=(0, 1))  # fmt: skip
-    small = replace(ours, image_size=8, unet=unet)
+    return replace(config, image_size=8, unet=unet)
+
+
+def test_the_parts_of_networks_run():
+    # 222 GFLOP for a training step of an image, as the roofline has it.
+    assert 3 * networks.forward_flops(networks.preset()) == pytest.approx(222e9, rel=1e-3)
+    small = small_generator()
     for name in ("ours", "authors", "eager bf16, channels_last, SDPA"):
         (row,) = run(networks.step_items(CPU, small, (2,), 64), f"step {name} 2")
         assert row["images/s"] == pytest.approx(2 / (row["ms"] / 1e3))
@@ -340,18 +355,177 @@ def test_the_parts_of_networks_run(monkeypatch):
     assert "999 steps" in sampled[1]["sampler"] and "extrapolated" in sampled[1]["sampler"]
 
 
+def without_compiling(monkeypatch, *names):
+    for name in names:
+        value = getattr(networks, name)
+        uncompiled = (
+            replace(value, compiled=None)
+            if isinstance(value, networks.Form)
+            else tuple(replace(form, compiled=None) for form in value)
+        )
+        monkeypatch.setattr(networks, name, uncompiled)
+
+
+def test_forms_take_turns_on_a_cpu(monkeypatch):
+    without_compiling(monkeypatch, "CPU_FORMS")
+    monkeypatch.setattr(networks, "bf16_ceiling", lambda device, size: 1e9)
+    small = small_generator()
+    forward, step = run(networks.cpu_step_items(small, 2, 2), "forward 2", "training step 2")
+    for row in (forward, step):
+        assert list(row["seconds"]) == [form.name for form in networks.CPU_FORMS]
+        for name, seconds in row["seconds"].items():
+            assert row["spread"][name][0] <= seconds <= row["spread"][name][1]
+    assert forward["GFLOP"] == pytest.approx(2 * networks.forward_flops(small) / 1e9)
+    assert step["GFLOP"] == 3 * forward["GFLOP"]
+
+
+def test_a_thousand_images_are_extrapolated_as_said(monkeypatch):
+    """Eight batches of 128; of the authors' 999 steps three were timed."""
+    sampling = SamplingConfig(steps=2)
+    called = []
+
+    def interleaved(calls, *, rounds):
+        for name, call in calls.items():
+            called.append((name, tuple(call().shape)))
+        return {name: networks.Timing(2.0, 1.0, 4.0, "timed") for name in calls}
+
+    without_compiling(monkeypatch, "COMPILED_WAY")
+    monkeypatch.setattr(networks.measure, "interleaved", interleaved)
+    tiny = replace(small_generator(), target="v", schedule="cosine")
+    (row,) = run(
+        networks.cpu_sampling_items(tiny, replace(sampling, batch_size=128), 3),
+        "sampling 1000 images 8 pixels",
+    )
+    assert called == [(name, (128, 3, 8, 8)) for name in networks.CPU_WAYS]
+    assert row["seconds"]["ours"] == row["seconds"]["ours, fp32"] == 16
+    assert row["seconds"]["authors"] == pytest.approx(2 * 8 * 333)
+    assert row["spread"]["authors"] == pytest.approx([8 * 333, 4 * 8 * 333])
+
+
+def test_the_authors_loop_is_their_sampler():
+    """Against the library's, which is written from equations; and cut after some steps."""
+    schedule, y = Schedule.linear(12, 1e-4, 0.05), torch.tensor([0, 1])
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 3, 3, padding=1).double()
+
+    def predict(x, t, y):
+        return layer(x) * (1 + 0.1 * t + y).view(-1, 1, 1, 1)
+
+    def noises():
+        generator = torch.Generator().manual_seed(1)
+        return lambda: torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64)
+
+    x = noises()()
+    denoise = guided(predict, y, guidance_scale=2.0, null_class=5, target="eps", schedule=schedule)
+    with torch.no_grad():
+        expected = sample_ddpm_authors(denoise, x, schedule=schedule, noise=noises())
+    found = authors_form.ancestral_steps(
+        predict, x, y, null_class=5, alpha_bar=schedule.alpha_bar, noise=noises()
+    )
+    torch.testing.assert_close(found, expected)
+    called = []
+    authors_form.ancestral_steps(
+        lambda x, t, y: called.append((t[0].item(), y.tolist())) or x,
+        x, y, null_class=5, alpha_bar=schedule.alpha_bar, steps=2,
+    )  # fmt: skip
+    assert called == [(t, labels) for t in (11, 10) for labels in ([0, 1], [5, 5])]
+
+
 def test_the_forms_compute_the_same():
-    """Explicit and fused attention, and what the authors' step does against their sampler."""
-    config = networks.preset()
-    unet = replace(config.unet, channels=32, channel_multipliers=(1, 2), blocks_per_level=1,
-                   attention_levels=(0, 1))  # fmt: skip
-    config = replace(config, image_size=8, unet=unet)
+    """Explicit and fused attention."""
+    config = small_generator()
     explicit, fused = (
         networks.build(f, config, CPU).eval() for f in (networks.FORMS[1], networks.FORMS[3])
     )
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 1])
     with torch.no_grad():
         torch.testing.assert_close(fused(x, t, y), explicit(x, t, y), rtol=1e-4, atol=1e-5)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's record of a process")
+
+
+@linux
+def test_the_peak_of_a_call_is_what_it_needs_for_its_time():
+    kept = []
+
+    def call():
+        kept.append(torch.ones(10, 2**20))  # 42 MB stay
+        torch.ones(25, 2**20).sum()  # 105 MB do not
+
+    peak, before = peak_memory.peak_of(call)
+    assert peak == pytest.approx(4 * 35 * 2**20, rel=0.05)
+    assert before > 50e6
+    # What is resident before does not count.
+    again, later = peak_memory.peak_of(lambda: torch.ones(25, 2**20).sum())
+    assert again == pytest.approx(4 * 25 * 2**20, rel=0.05)
+    assert later - before == pytest.approx(4 * 10 * 2**20, rel=0.2)
+
+
+@linux
+def test_the_peak_of_a_step():
+    row = peak_memory.peak_of_step(networks.FORMS[1], small_generator(), 2)
+    assert (row["form"], row["batch"]) == ("authors", 2)
+    assert row["peak MB"] >= 0
+    assert row["kept MB"] > 50
+    assert [key for key, _ in peak_memory.items()] == [
+        f"memory {form.name} 4" for form in networks.CPU_FORMS
+    ]
+
+
+@linux
+def test_scaling_measures_every_method(tmp_path, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        row = scaling.measure(60, 4, steps=1)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert list(row["images/s"]) == ["generator", *scaling.METHODS]
+    assert min(row["images/s"].values()) > 0
+    assert list(row["lookups us"]) == list(scaling.METHODS)
+    assert row["anonymous MB"] > 50
+    assert [key for key, _ in scaling.items()][:3] == [
+        "scaling 1000 8", "scaling 10000 8", "scaling 100000 8",
+    ]  # fmt: skip
+    first, second = (scaling.mapped_images(tmp_path, n) for n in (3, 3))
+    assert first.shape == (3, 64, 64, 3) and torch.equal(first, second)
+
+
+def test_the_difference_of_two_shares():
+    # Newcombe 1998, table II, case (a), method 10.
+    found = aligned.difference_interval(56, 70, 48, 80)
+    assert found == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    rows = [{"way": "ours", "images": 50, "aligned": 50, "seconds": 5.0},
+            {"way": "ours", "images": 20, "aligned": 6, "seconds": 2.0},
+            {"way": "authors", "images": 80, "aligned": 48, "seconds": 8.0}]  # fmt: skip
+    text = aligned.summary(rows, SamplingConfig(steps=7))
+    assert "56 of 70 aligned" in text and "7 steps" in text and "0.100 s an image" in text
+    assert text.endswith("difference +20.0 points, 95 % interval +5.2 to +33.4: does NOT hold 0")
+
+
+def test_the_suite_takes_the_cpu_where_there_is_no_gpu():
+    keys = [key for key, _ in suite.items("step", CPU)]
+    assert keys[:2] == ["forward 4", "training step 4"]
+    assert keys[2] == "memory ours 4"
+    assert [k for k, _ in suite.items("sampling", CPU)] == ["sampling 1000 images 32 pixels"]
+
+
+def test_merge_of_forms_in_turns():
+    turns = {"key": "forward 4", "what": "forward, batch 4", "how": "7 rounds", "took": 3.0,
+             "seconds": {"ours": 0.5, "authors": 1.5},
+             "spread": {"ours": [0.25, 0.75], "authors": [1.0, 2.0]}}  # fmt: skip
+    memory = [{"key": n, "form": n, "batch": 4, "peak MB": mb, "kept MB": 900.0}
+              for n, mb in (("ours", 1000.0), ("authors", 2500.0))]  # fmt: skip
+    text = merge.page(HERE, "step", [turns, *memory], "")
+    assert "## forward, batch 4" in text
+    assert "| authors | 1.5 | 1 to 2 | 3 |" in text
+    assert "| authors | 4 | 2500 | 900 | 2.5 |" in text
+    row = {"key": "s", "images": 1000, "batch": 8, "images/s": {"erm": 7.0},
+           "lookups us": {"erm": 40.0}, "anonymous MB": 400.0,
+           "grown MB": {"erm": 0.25, "lff": 0.5}}  # fmt: skip
+    text = merge.page(HERE, "scaling", [row], "")
+    assert "| 8 | 1000 | 7 |" in text and "| 8 | 1000 | 40 |" in text
+    assert "| 8 | 1000 | 400 | 0.5 |" in text
 
 
 def test_misuse_is_one_line(tmp_path, capsys, monkeypatch):

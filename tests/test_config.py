@@ -162,14 +162,14 @@ def test_stage_fields_change_only_what_depends_on_them():
 
 def test_options_reach_fields():
     argv = "tiny --data photos --out here --methods erm ddb-ii --seeds 3 4 --diffusion.lr 1e-5"
-    config, dry = parse_run([*argv.split(), "--synthetic", "own", "--dry-run"], prog="x")
+    config, dry, _ = parse_run([*argv.split(), "--synthetic", "own", "--dry-run"], prog="x")
     assert dry
     assert (config.data.path, config.out, config.sampling.load) == ("photos", "here", "own")
     assert (config.methods, config.seeds, config.diffusion.lr) == (("erm", "ddb-ii"), (3, 4), 1e-5)
 
 
 def test_data_given_to_the_embedded_preset_is_read():
-    config, _ = parse_run(["digits", "--data", "photos"], prog="x")
+    config, _, _ = parse_run(["digits", "--data", "photos"], prog="x")
     assert (config.data.source, config.data.path) == ("auto", "photos")
 
 

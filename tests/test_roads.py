@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import small
-from authors_network import authors_network
+from authors_form import authors_network
 from ddb_fast import cli, scoring
 from ddb_fast.data.digits import digits
 from ddb_fast.generator import load_diffusion

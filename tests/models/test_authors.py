@@ -1,4 +1,4 @@
-"""Our U-Net against the authors' network (`authors_network.py`) and their files."""
+"""Our U-Net against the authors' network (`authors_form.py`) and their files."""
 
 import os
 from collections import defaultdict
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from authors_network import authors_network
+from authors_form import authors_network
 from ddb_fast.models.authors import read_authors_checkpoint
 from ddb_fast.models.unet import ResidualBlock, UNet, from_authors
 from ddb_fast.presets import PRESETS

@@ -1,10 +1,15 @@
-"""The network of the authors' generator, transcribed in plain torch from its description.
+"""The authors' form, in plain torch from its description: their network, and how they sample.
 
-It shares nothing with our U-Net and is what that is compared with. Names are those of their files.
+fp32, NCHW, attention through explicit maps, two forward passes for each of 999 ancestral steps, no
+moving average. The network shares nothing with our U-Net: it is the baseline of the benchmarks and
+what the tests compare ours with. Names are those of their files.
 """
+
+import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 GROUPS = 32
 
@@ -118,6 +123,25 @@ class Authors(nn.Module):
         return h + block["attn"]["proj"](o.unflatten(2, h.shape[2:]))
 
 
+class WithSDPA(Authors):
+    """Their network with torch's fused attention, for channels_last and torch.compile."""
+
+    @staticmethod
+    def res(block, x, time, label):
+        h = block["block1"](x)
+        h = h + block["temb_proj"](time)[:, :, None, None]
+        h = h + block["cond_proj"](label)[:, :, None, None]
+        h = block["block2"](h) + block["shortcut"](x)
+        if isinstance(block["attn"], nn.Identity):
+            return h
+        normed = block["attn"]["group_norm"](h)
+        q, k, v = (
+            block["attn"][f"proj_{letter}"](normed).flatten(2).mT[:, None] for letter in "qkv"
+        )
+        o = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return h + block["attn"]["proj"](o.mT.unflatten(2, h.shape[2:]))
+
+
 def authors_network(seed=0, *, dtype=torch.float64, **changes):
     """A random one in eval mode; every parameter is visible, the null row included."""
     torch.manual_seed(seed)
@@ -127,3 +151,23 @@ def authors_network(seed=0, *, dtype=torch.float64, **changes):
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return network
+
+
+@torch.inference_mode()
+def ancestral_steps(predict, x, y, *, null_class, alpha_bar, steps=None, noise=None):
+    """The first `steps` of their walk from noise x, or all of it, with their guidance w = 1.
+
+    predict(x, t, y) -> eps with t (N,) int64, called for the conditional and for the null branch;
+    alpha_bar: (T,) float64. Timesteps T-1 to 1, t = 0 left out, variance beta_t, nothing clipped.
+    noise(): like x, drawn anew at every step; without it from the default generator.
+    """
+    alpha_bar = alpha_bar.tolist()
+    null = torch.full_like(y, null_class)
+    last = len(alpha_bar) - 1
+    for t in range(last, 0 if steps is None else last - steps, -1):
+        times = torch.full_like(y, t)
+        eps = 2 * predict(x, times, y) - predict(x, times, null)
+        beta = 1 - alpha_bar[t] / alpha_bar[t - 1]
+        x = (x - beta / math.sqrt(1 - alpha_bar[t]) * eps) / math.sqrt(1 - beta)
+        x = x + math.sqrt(beta) * (torch.randn_like(x) if noise is None else noise())
+    return x
