@@ -143,8 +143,10 @@ def test_stage_fields_change_only_what_depends_on_them():
     ddb = {"ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii"}
     real = {"real-amplifier-i", "real-amplifier-ii"}
     jtt = {"jtt-identification", "jtt"}
-    assert changed("diffusion.lr", 1) == {"diffusion", "synthetic", "amplifier", "scores"} | ddb
-    amplifiers = {"amplifier", "scores", "real-amplifier", "real-scores"}
+    audit = {"opinions", "memorisation"}
+    generator = {"diffusion", "synthetic", "unguided"}
+    assert changed("diffusion.lr", 1) == generator | {"amplifier", "scores"} | audit | ddb
+    amplifiers = {"amplifier", "scores", "real-amplifier", "real-scores"} | audit
     assert changed("amplifier.lr", 1) == amplifiers | ddb | real
     assert changed("classifier.lr", 1) == {"erm", "lff", "dfr", "group-dro"} | jtt | ddb | real
     assert changed("reweighting.class_maximum", True) == {"ddb-ii", "real-amplifier-ii"}
@@ -155,8 +157,11 @@ def test_stage_fields_change_only_what_depends_on_them():
     assert changed("dfr.draws", 3) == {"dfr"}
     assert changed("data.rho", 0.9) == everything
     free = ["methods", "seeds", "threads", "out", "data.path", "checkpoint_minutes", "progress"]
+    free += ["audit"]
     for field in free:
-        value = {"methods": "erm", "seeds": "7", "progress": "false"}.get(field, "3")
+        value = {"methods": "erm", "seeds": "7", "progress": "false", "audit": "false"}.get(
+            field, "3"
+        )
         assert changed(field, value) == set(), field
 
 
