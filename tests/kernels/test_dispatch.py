@@ -282,6 +282,29 @@ def test_unmeasured_devices_have_their_own_order():
     assert dispatch.automatic("attention", Q, Q, Q) == ("native", "torch", "reference")
 
 
+@pytest.mark.parametrize("tiles", (True, False))
+def test_on_a_cpu_with_matrix_tiles_bf16_attention_is_torchs(monkeypatch, tiles):
+    """Not its gradients while length times width is small, and no other type."""
+    monkeypatch.setattr(dispatch, "_TILES", tiles)
+    monkeypatch.setattr(tuned, "winner", lambda *_: None)
+    dispatch._remembered.cache_clear()
+    half = torch.bfloat16
+    cases = (  # length, width of a head, dtype, gradients, torch with tiles
+        (256, 64, half, True, True), (255, 64, half, True, False), (64, 256, half, True, True),
+        (64, 8, half, False, True), (63, 256, half, False, False),
+        (256, 64, torch.float32, True, False), (256, 64, torch.float16, False, False),
+    )  # fmt: skip
+    for length, width, dtype, gradients, torchs in cases:
+        first = "torch" if tiles and torchs else "native"
+        q = torch.empty(1, 2, 4, width, dtype=dtype)
+        k = torch.empty(1, 2, length, width, dtype=dtype)
+        qkv = torch.empty(1, length, 3 * 2 * width, dtype=dtype)
+        with torch.set_grad_enabled(gradients):
+            assert dispatch.automatic("attention", q, k, k)[0] == first
+            assert dispatch.automatic("attention_qkv", qkv, 2)[0] == first
+    dispatch._remembered.cache_clear()
+
+
 def test_shape_classes():
     assert tuned.group_norm_class(torch.bfloat16, False, (256, 32, 32), True) == (
         "nhwc/bf16/backward/19"
