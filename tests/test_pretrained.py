@@ -592,6 +592,21 @@ def test_hostile_names_stay_names(folders, tmp_path):
     assert page.count("\n- ") == start.count("\n- ")
 
 
+@pytest.mark.parametrize(
+    ("text", "markdown"),
+    [
+        ("y=0 a=colour 3", "y=0 a=colour 3"),
+        ("# a #", r"\# a \#"),  # a heading drops its last ones
+        (r"a\|b|", r"a\\&#124;b&#124;"),
+        ("<b>&lt;", r"&lt;b&gt;&amp;lt;"),
+        ("a_b*c`d~e$f![g]{h}", r"a\_b\*c\`d\~e\$f\!\[g\]\{h\}"),
+        (" x \n\t y\u2028z\u200b", "x y z\ufffd"),
+    ],
+)
+def test_text_is_escaped_for_markdown(text, markdown):
+    assert plain(text) == markdown
+
+
 def test_names_without_tables_are_escaped_too(folders, tmp_path):
     description = json.loads((folders / "Generator" / "config.json").read_text())
     description["run"] |= {"counts": None}
