@@ -133,7 +133,7 @@ def scores(score: np.ndarray, flagged: np.ndarray, threshold: float | None) -> s
     """
     bend = 3.0
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(5.8, 3.0)
+        figure, axes = _axes(4.8, 2.7)
         low, high = (float(np.arcsinh(v / bend)) for v in (score.min(), score.max()))
         edges = bend * np.sinh(np.linspace(low - 0.02, max(high, low + 0.5) + 0.02, 61))
         axes.hist(
@@ -225,7 +225,7 @@ def nearness(histogram: dict[str, list[int]], width: float) -> str:
         "generated": ("generated images", MADE, "-"),
     }
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(5.8, 2.6)
+        figure, axes = _axes(4.8, 2.5)
         for kind, (label, colour, style) in looks.items():
             bins = np.array(histogram.get(kind, []), dtype=float)
             if bins.sum() > 0:
@@ -234,6 +234,7 @@ def nearness(histogram: dict[str, list[int]], width: float) -> str:
                 axes.stairs(share, edges, color=colour, linestyle=style, lw=1.5, label=label)
         _named_line(axes, 1, "limit")
         axes.set_xlim(left=0)
+        axes.set_ylim(0, 1.4 * axes.dataLim.ymax)  # room for the legend
         axes.set(xlabel="distance to the nearest training image, 1 = the limit", ylabel="images, %")
         axes.legend(loc="upper right")
         return _svg(figure, "nearness", "Histogram of distances to the nearest training image")
