@@ -50,14 +50,15 @@ PAGES = [
 ]
 # Their examples are run by tests of their own; optimize.md's need diffusers and minutes.
 PYTHON_ELSEWHERE = {"scores.md", "models.md", "optimize.md"}
-# Ten steps of every training: that a command works is what is tested here, not what it finds.
+# A few steps of every training: that a command works is tested here, not what it finds.
 SHORT = {k: v for k, v in small.FIELDS.items() if k not in ("methods", "seeds")}
-SHORT |= {f"{part}.images": "640" for part in ("diffusion", "amplifier", "classifier")}
+SHORT |= {"diffusion.images": "128", "amplifier.images": "320", "classifier.images": "320"}
 
 
 # --- the reader's folder -----------------------------------------------------------------------
 
-# In `fork_server.CLIENT`. A sweep starts its runs by the same road; single runs show the audit.
+# In `fork_server.CLIENT`. A sweep starts its runs by the same road: one seed and no audit in each,
+# which single runs show.
 SHORTEN = """
 given = {{word.split("=")[0] for word in words if word.startswith("--")}}
 if name == "launch":
@@ -73,7 +74,7 @@ elif words[:1] in (["run"], ["sweep"]) and not given & {{"--help", "--dry-run"}}
         if ours and f"--{{field}}" not in given and not (loaded and field.startswith(loaded)):
             words += [f"--{{field}}", *value.split()]
     if words[0] == "sweep":
-        words += ["--audit", "false", "--launch", {launch!r}]
+        words += ["--seeds", "0", "--audit", "false", "--launch", {launch!r}]
 """
 
 
@@ -286,8 +287,10 @@ def test_a_wrong_set_up_is_found(command):
 
 
 def test_a_broken_link_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(small, "ROOT", tmp_path)
-    page = tmp_path / "page.md"
+    page = tmp_path / "repository" / "page.md"
+    page.parent.mkdir()
+    (tmp_path / "page.md").touch()
+    monkeypatch.setattr(small, "ROOT", page.parent)
     page.write_text(
         "# One thing: *this*\n[a](page.md#one-thing-this) [b](#two) ![c](no.png) [d](../page.md)\n"
         "[e](https://x.y/no) `[f](none.md)`\n# Two\n# Two\n[g](#two-1) [h](#two-2)\n"
@@ -325,7 +328,9 @@ def test_runs_are_shortened_where_the_page_does_not_say_how_long(words, lacking)
     assert given[: len(words.split())] == words.split()
     added = {word.removeprefix("--") for word in given[len(words.split()) :] if word[:2] == "--"}
     expected = {name for name in SHORT if not name.startswith(lacking)}
-    assert added == expected | ({"audit", "launch"} if words.startswith("sweep") else set())
+    assert added == expected | (
+        {"audit", "launch", "seeds"} if words.startswith("sweep") else set()
+    )
 
 
 def test_a_command_ends_as_the_real_one_does(bin, tmp_path):
