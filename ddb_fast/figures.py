@@ -1,6 +1,6 @@
 """The report's figures as SVG for one page: its own text, its colours by the page's CSS variables.
 
-Importing this needs matplotlib (extra `figures`). Names come from people's folders: nothing in them
+Importing this needs matplotlib. Names come from people's folders: nothing in them
 is markup or mathematics here.
 """
 

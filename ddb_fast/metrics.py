@@ -10,7 +10,6 @@ from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from ddb_fast.data.groups import Groups
@@ -251,6 +250,8 @@ def auroc(score: Tensor, positive: Tensor) -> float:
     _booleans("positive", positive, len(score))
     if positive.all() or not positive.any():
         return NAN
+    from sklearn.metrics import roc_auc_score  # a second to import, and most need none of it
+
     return float(roc_auc_score(positive.cpu().numpy(), score.detach().double().cpu().numpy()))
 
 
@@ -262,6 +263,8 @@ def average_precision(score: Tensor, positive: Tensor) -> float:
     _booleans("positive", positive, len(score))
     if positive.all() or not positive.any():
         return NAN
+    from sklearn.metrics import average_precision_score
+
     return float(
         average_precision_score(positive.cpu().numpy(), score.detach().double().cpu().numpy())
     )

@@ -140,8 +140,9 @@ class Stages:
         began = time.monotonic()
         try:
             seconds = work()
-        except ValueError:
-            # A stage that refused its input binds nobody; one with unfinished work on disk does.
+        except (ValueError, torch.OutOfMemoryError):
+            # A stage that refused its input, or found no room for it, binds nobody; one with
+            # unfinished work on disk does.
             if first and not (unfinished is not None and unfinished.exists()):
                 folder.forget(key)
             raise

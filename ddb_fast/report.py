@@ -305,11 +305,13 @@ def _figures(
 ) -> dict[str, Any]:
     """Every figure as SVG by its name; only `missing`, the reason, where matplotlib is not."""
     try:
-        from ddb_fast import figures
+        import matplotlib  # noqa: F401
     except ImportError as error:
         reason = f"The figures are left out: matplotlib cannot be imported ({error})."
-        logger.warning("report: %s `pip install 'ddb-fast[figures]'` brings it", reason)
+        logger.warning("report: %s `pip install matplotlib` brings it", reason)
         return {"missing": reason}
+    from ddb_fast import figures
+
     drawn: dict[str, Any] = {"missing": None}
     if scores is not None:
         threshold = config.pseudo_labels.gamma

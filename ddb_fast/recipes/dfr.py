@@ -8,15 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import sklearn
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
-
-# scikit-learn 1.8 renamed the choice of an L1 penalty.
-_VERSION = tuple(int(part) for part in sklearn.__version__.split(".")[:2])
-_L1 = {"l1_ratio": 1.0} if _VERSION >= (1, 8) else {"penalty": "l1"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,13 +115,21 @@ def _fit(
     x: np.ndarray, y: np.ndarray, num_classes: int, *, strength: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weight (K, D) and bias (K,) on features as they come, from a fit to standardised ones."""
+    # A second to import, which no other recipe needs.
+    import sklearn
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    version = tuple(int(part) for part in sklearn.__version__.split(".")[:2])
+    # scikit-learn 1.8 renamed the choice of an L1 penalty.
+    l1 = {"l1_ratio": 1.0} if version >= (1, 8) else {"penalty": "l1"}
     scaler = StandardScaler().fit(x)
     z = scaler.transform(x)
     weight, bias = np.zeros((num_classes, x.shape[1])), np.zeros(num_classes)
     # Two classes need one regression: logits 0 and w z + b have its sigmoid for their softmax.
     for c in range(num_classes) if num_classes > 2 else [1]:
         regression = LogisticRegression(
-            **_L1, C=strength, solver="liblinear", random_state=seed % 2**32, max_iter=1000
+            **l1, C=strength, solver="liblinear", random_state=seed % 2**32, max_iter=1000
         ).fit(z, y == c)
         weight[c] = regression.coef_[0] / scaler.scale_
         bias[c] = regression.intercept_[0] - weight[c] @ scaler.mean_
