@@ -111,8 +111,6 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
     if dry_run:
         sys.stdout.write(to_json(config))
         return 0
-    if profile:  # its own chatter; read while torch is loaded
-        os.environ.setdefault("KINETO_LOG_LEVEL", "3")
     from torch import OutOfMemoryError
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
