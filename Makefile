@@ -14,8 +14,10 @@ setup: .venv/.installed
 	$(PIP) --no-build-isolation -e .
 	touch $@
 
+# What the tests need, without building the package a second time.
+TEST = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"])
 .venv/.installed-test: .venv/.installed
-	$(PIP) --no-build-isolation -e '.[test]'
+	$(PIP) $$($(BIN)/python -c '$(TEST)')
 	touch $@
 
 # All stages on the embedded Colored Digits; the same command again resumes or shows the results.
