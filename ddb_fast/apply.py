@@ -46,9 +46,11 @@ def score(run: FinishedRun, data: DataConfig, *, corrupt: str, device: torch.dev
     corrupt: error, or skip to leave broken images out. ValueError, one line, for a run without an
     amplifier, images that are not there, and classes that it does not know.
     """
-    if "scores" not in run.done:
+    if not {"amplifier", "scores"} <= run.done:
         why = "the same `ddb-fast run` goes on"
-        if not run.config.amplifies:
+        if run.config.pseudo_labels.load is not None:
+            why = f"its scores are of another run, {run.config.pseudo_labels.load}; name that one"
+        elif not run.config.amplifies:
             why = "its methods need none; the same `ddb-fast run` with --methods ddb-ii makes one"
         raise ValueError(f"{run.path}: no finished bias amplifier: {why}")
     network, config, classes = load_classifier(run.path / "amplifier" / "model.safetensors")

@@ -25,7 +25,7 @@ from ddb_fast.data.augment import amplifier_view, centre
 from ddb_fast.data.listing import read_image
 from ddb_fast.data.pixels import normalise
 from ddb_fast.data.store import FITS, centre_square
-from ddb_fast.diffusion.generate import generate_batch
+from ddb_fast.diffusion.generate import generate_within_memory
 from ddb_fast.diffusion.schedule import make_schedule
 from ddb_fast.generator import build_unet, load_diffusion, save_diffusion
 from ddb_fast.model_card import card
@@ -173,7 +173,9 @@ class _OfImages:
         ).to(memory_format=torch.channels_last)
 
     @classmethod
-    def _taken(cls, run: FinishedRun, weights: Path, files: Files, method: str | None, seed: int):
+    def _taken(
+        cls, run: FinishedRun, weights: Path, files: Files, method: str | None, seed: int
+    ) -> Self:
         network, config, classes = load_classifier(weights)
         if config.weights not in (None, "imagenet"):
             config = replace(config, weights="file")  # its place is nobody's business
@@ -275,7 +277,10 @@ class BiasAmplifier(_OfImages, _Model):
         finished = FinishedRun.open(run)
         if "amplifier" not in finished.done:
             raise ValueError(f"{run}: no finished bias amplifier; none of its methods needs one")
-        meta = read_json(finished.path / "cache" / "meta.json")
+        try:
+            meta = read_json(finished.path / "cache" / "meta.json")
+        except ValueError as error:
+            raise ValueError(f"{error}; the run's own command makes it again") from None
         files = Files(size=meta["sizes"]["small"], fit=meta["fit"])
         weights = finished.path / "amplifier" / WEIGHTS
         return cls._taken(finished, weights, files, None, finished.config.seed)
@@ -350,7 +355,8 @@ class Generator(_Model):
         Guidance, steps and sampler are the run's where none are given. An image depends on weights,
         label and seed alone, bit for bit where `batch_size` is the same: images are drawn in
         batches padded to it, by default N or the run's (`sampling.batch_size`), whichever is
-        smaller. ValueError for labels, seeds or options that there are not.
+        smaller, and halved where memory does not suffice. ValueError for labels, seeds or options
+        that there are not.
         """
         labels, seeds = (torch.as_tensor(values, dtype=torch.int64) for values in (labels, seeds))
         if labels.ndim != 1 or labels.shape != seeds.shape or not len(labels):
@@ -375,21 +381,18 @@ class Generator(_Model):
         options |= {name: value for name, value in asked.items() if value is not None}
         self.eval()
         schedule = make_schedule(self.config)
-        images = [
-            generate_batch(
-                self.network,
-                labels[part],
-                seeds[part],
-                schedule=schedule,
-                target=self.config.target,
-                pixel_norm=self.config.pixel_norm,
-                image_size=self.config.image_size,
-                pad_to=size,
-                **options,
-            )
-            for part in torch.arange(len(labels)).split(size)
-        ]
-        return torch.cat(images)
+        images, _ = generate_within_memory(
+            self.network,
+            labels,
+            seeds,
+            at_once=size,
+            schedule=schedule,
+            target=self.config.target,
+            pixel_norm=self.config.pixel_norm,
+            image_size=self.config.image_size,
+            **options,
+        )
+        return images
 
     def _save_weights(self, folder: Path) -> None:
         save_diffusion(folder, self.network.state_dict(), self.config, self.classes)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -151,3 +153,14 @@ def test_a_run_whose_images_have_changed_knows_no_alignment(run, photos, tmp_pat
         results = evaluated(capsys, copy, "--data", photos / "table.csv")
         assert told in caplog.text
         assert results["methods"]["erm"]["metrics"]["aligned_accuracy"]["mean"] is None
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys, contextlib\nfrom ddb_fast import use_run\n"
+        "for command in (use_run.score, use_run.evaluate, use_run.sample):\n"
+        "    with contextlib.suppress(SystemExit): command(['--help'])\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == 0 and answer.stdout.count("usage: ddb-fast") == 3

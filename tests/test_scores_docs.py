@@ -155,7 +155,12 @@ def test_examples_with_another_package(block, reader, namespace, tmp_path, monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     names = dict(namespace)
     with contextlib.chdir(reader):
-        execute(block, names)
+        try:
+            execute(block, names)
+        except Exception as error:
+            if type(error).__name__ == "FiftyOneConfigError":  # it starts a server of its own
+                pytest.skip(f"fiftyone keeps samples in MongoDB, which is not here: {error}")
+            raise
         check(min(packages - {"pandas"}, default="pandas"), names, reader)
 
 
