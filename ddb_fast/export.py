@@ -117,8 +117,9 @@ def largest_difference(
 def export(model: Classifier | BiasAmplifier | Generator, out: Path, *, format: str) -> str:
     """Write a folder, whole or not at all; return a line that says what was checked.
 
-    out: a folder that is empty or not there. ValueError for another one, for a generator in another
-    format than pretrained, and for a program that does not compute what the model does.
+    model: on the CPU, in eval mode. out: a folder that is empty or not there. ValueError for
+    another one, for a generator in another format than pretrained, and for a program that does not
+    compute what the model does.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: not an empty folder; name another one")
