@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from . import native, reference, torch_backend, triton_backend, tuned, xformers_backend
+from .tracing import assume_constant_result
 
 ENVIRONMENT_VARIABLE = "DDB_FAST_BACKEND"
 
@@ -158,7 +159,7 @@ _remembered = functools.cache(_measured)
 
 
 # Dynamo cannot trace how a file is read, and needs no more than the answer.
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _winner(op: str, device: torch.device, shape_class: str) -> str | None:
     return tuned.winner(op, device, shape_class)
 
@@ -172,7 +173,7 @@ def _backend(name: str) -> Backend:
 
 
 # Dynamo cannot trace a ContextVar; as a constant of the trace the choice costs no graph break.
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _asked_for(op: str) -> str | None:
     return _context.get().get(op) or _environment().get(op)
 
@@ -192,7 +193,7 @@ def _environment() -> dict[str, str]:
     return chosen
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _log_once(op: str, backend: str, reason: str) -> None:
     if (op, backend, reason) not in _logged:
         _logged.add((op, backend, reason))

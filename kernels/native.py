@@ -14,6 +14,7 @@ from torch import Tensor
 from . import fused_attention
 from .fused_attention import attention_with, empty_like_tokens
 from .fused_group_norm import Fused, Gradients, group_norm_with, register
+from .tracing import assume_constant_result
 
 LIBRARY = Path(__file__).with_name("_native.so")
 
@@ -35,7 +36,7 @@ def why_not(op: str, *arguments: Any) -> list[str]:
 
 
 # A constant of the trace: torch.compile cannot trace the loading of a library.
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _load() -> str | None:
     global _unavailable
     if not LIBRARY.exists():

@@ -51,7 +51,7 @@ PAGES = [
 # Their examples are run by tests of their own; optimize.md's need diffusers and minutes.
 PYTHON_ELSEWHERE = {"scores.md", "models.md", "optimize.md"}
 # A few steps of every training: that a command works is tested here, not what it finds.
-SHORT = {k: v for k, v in small.FIELDS.items() if k not in ("methods", "seeds")}
+SHORT = {k: v for k, v in small.FIELDS.items() if k not in ("methods", "seeds", "audit")}
 SHORT |= {"diffusion.images": "128", "amplifier.images": "320", "classifier.images": "320"}
 
 

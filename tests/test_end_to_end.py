@@ -84,6 +84,8 @@ def test_results_have_the_documented_form(undisturbed):
         "methods",
         "synthetic",
         "amplifier",
+        "verdict",
+        "memorisation",
         "real_amplifier",
         "seconds",
     ]
@@ -191,6 +193,39 @@ def test_kill_9_in_every_stage_then_the_same_command_gives_the_same_numbers(undi
     small.killed(small.arguments(out), KILLS)
     same_run(undisturbed[0], out)
     assert not list(out.rglob("*.part"))
+
+
+AUDIT_KILLS = [
+    ("memorisation.json", 1, "before"),
+    ("unguided/shards/", 2, "after"),
+    ("parts/again.checkpoint", 1, "after"),
+    ("parts/erm half 1.safetensors", 1, "after"),
+]
+
+
+@pytest.mark.timeout(600)
+def test_the_audit_grows_on_a_finished_run_and_survives_kill_9(undisturbed, tmp_path):
+    """The same seven files whatever happened, and nothing of the run before is made anew."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out in (one, two):
+        shutil.copytree(undisturbed[0], out)
+    answer = small.ddb_fast(one, audit="true")
+    assert answer.returncode == 0, answer.stderr
+    small.killed(small.arguments(two, audit="true"), AUDIT_KILLS)
+    same_run(one, two)
+    for name in ("audit/opinions.safetensors", "audit/unguided/images.safetensors"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert (one / "memorisation.json").read_bytes() == (two / "memorisation.json").read_bytes()
+    assert not (two / "audit" / "parts").exists()
+    said = small.results(one)
+    assert said["verdict"]["found"] is None, "the short generator is too poor"
+    assert said["memorisation"]["generated"]["total"] == 120
+    before = small.results(undisturbed[0])
+    assert before["verdict"] is None and before["memorisation"] is None
+    assert {**said, "verdict": None, "memorisation": None} == before
+    manifests = [json.loads((p / "manifest.json").read_text()) for p in (undisturbed[0], one)]
+    for key, seconds in manifests[0]["seconds"].items():
+        assert manifests[1]["seconds"][key] == seconds, key
 
 
 def launched(prefix: list[str], out: Path, **changes: str):

@@ -73,7 +73,7 @@ def test_a_folder_of_ones_own_needs_no_option_but_its_path(two_digits, tmp_path,
             p.relative_to(two_digits).as_posix() for p in two_digits.rglob("*.png")
         }
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 * 3 and "NaN" not in page
+    assert page.count("data:image/png;base64,") >= 2 * 18 and "NaN" not in page
 
 
 def test_a_table_with_bias_labels_takes_true_groups_and_then_grows(two_digits, tmp_path):

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -17,6 +19,7 @@ from ddb_fast.kernels import (
     use_backend,
 )
 from ddb_fast.kernels.dispatch import Backend
+from ddb_fast.kernels.tracing import assume_constant_result
 
 X = torch.randn(2, 4, 3, 3)
 Q = torch.randn(1, 2, 3, 4)
@@ -344,3 +347,12 @@ def test_env_says_what_was_measured(tmp_path, monkeypatch):
     (tmp_path / "cpu-avx2.json").write_text('{"device": "a Xeon"}')
     assert tuned.describe(cpu) == "cpu-avx2: measured on a Xeon"
     tuned.measured.cache_clear()
+
+
+def test_a_constant_of_the_trace_is_marked_as_torch_marks_it():
+    """By a name of torch's own, so that importing the kernels does not import the compiler."""
+    theirs, ours = torch.compiler.assume_constant_result(lambda: 1), lambda: 1
+    assert assume_constant_result(ours) is ours
+    assert vars(ours) == vars(theirs) != {}
+    code = "import sys, ddb_fast.kernels; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
