@@ -171,13 +171,16 @@ def _in_turns(found: list[Row]) -> str:
     """Seconds of forms that took turns, and how many times as long each took as ours."""
     text = ""
     for row in found:
-        ours, low_high = row["seconds"]["ours"], row["spread"]
+        seconds, cores = row["seconds"], row["core seconds"]
         body = [
-            (name, seconds, " to ".join(map(_text, low_high[name])), seconds / ours)
-            for name, seconds in row["seconds"].items()
+            (
+                *(name, seconds[name], " to ".join(map(_text, row["spread"][name]))),
+                *(seconds[name] / seconds["ours"], cores[name], cores[name] / cores["ours"]),
+            )
+            for name in seconds
         ]
-        notes = _details(row, {"key", "took", "what", "seconds", "spread"})
-        header = ("form", "seconds", "1st to 9th tenth", "times ours")
+        notes = _details(row, {"key", "took", "what", "seconds", "spread", "core seconds"})
+        header = ("form", "seconds", "1st to 9th tenth", "times ours", "core seconds", "times ours")
         text += f"\n## {row['what']}\n{table(header, body)}\n{notes}\n"
     return text
 

@@ -7,6 +7,7 @@ may be using, the forms take turns within one row, and their ratio is what count
 
 import functools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -235,9 +236,9 @@ def cpu_step_items(config: DiffusionConfig, batch: int = 4, rounds: int = 7) -> 
         def row(what: str = what, make: Callable = make, times: int = times) -> Row:
             torch.compiler.reset()
             calls = {form.name: make(device, form, config, batch) for form in CPU_FORMS}
-            timings = measure.interleaved(calls, rounds=rounds)
+            title, once = f"{what}, batch {batch}", dict.fromkeys(calls, 1)
             return {
-                **_in_turns(f"{what}, batch {batch}", timings, dict.fromkeys(calls, 1)),
+                **_in_turns(title, calls, rounds, once),
                 "GFLOP": times * flops / 1e9,
                 "matmul GFLOP/s": bf16_ceiling(device, 2048) / 1e9,
             }
@@ -245,12 +246,26 @@ def cpu_step_items(config: DiffusionConfig, batch: int = 4, rounds: int = 7) -> 
         yield f"{what} {batch}", row
 
 
-def _in_turns(what: str, timings: Mapping[str, Timing], calls: Mapping[str, float]) -> Row:
-    """A row of forms measured side by side: seconds by form, for so many calls of it."""
+def _in_turns(what: str, calls: Mapping[str, Call], rounds: int, times: Mapping[str, float]) -> Row:
+    """A row of forms measured side by side: seconds by form for so many `times` its call.
+
+    "core seconds" are those of the process on all cores, which count no waiting for a core.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+
+    def noting(name: str) -> None:
+        start = time.process_time()
+        calls[name]()
+        spent[name].append(time.process_time() - start)
+
+    noted = {name: functools.partial(noting, name) for name in calls}
+    timings = measure.interleaved(noted, rounds=rounds)
     return {
         "what": what,
-        "seconds": {name: t.median * calls[name] for name, t in timings.items()},
-        "spread": {n: [t.low * calls[n], t.high * calls[n]] for n, t in timings.items()},
+        "seconds": {name: t.median * times[name] for name, t in timings.items()},
+        "spread": {n: [t.low * times[n], t.high * times[n]] for n, t in timings.items()},
+        # As there, the first two calls are not counted.
+        "core seconds": {n: statistics.median(s[2:]) * times[n] for n, s in spent.items()},
         "how": next(iter(timings.values())).how,
     }
 
@@ -371,9 +386,9 @@ def cpu_sampling_items(
         calls, walks = cpu_ways(config, sampling, sampling.batch_size, steps=steps)
         batches = math.ceil(1000 / sampling.batch_size)
         what = f"1,000 images of {config.image_size} pixels, {batches} x {sampling.batch_size}"
-        timings = measure.interleaved(calls, rounds=rounds)
+        times = {name: batches * walk for name, walk in walks.items()}
         return {
-            **_in_turns(what, timings, {name: batches * walk for name, walk in walks.items()}),
+            **_in_turns(what, calls, rounds, times),
             "extrapolated": f"from one batch, and {config.timesteps - 1} steps from {steps}",
         }
 
