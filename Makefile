@@ -29,7 +29,7 @@ lint: .venv/.installed-test
 	$(BIN)/ruff format --check .
 
 test: .venv/.installed-test
-	$(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
+	$(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # On this machine's CPU; what a GPU does is measured by benchmarks/suite.py.
 bench: .venv/.installed-test

@@ -11,3 +11,11 @@ os.environ["ACCELERATE_USE_CPU"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SLOW = ("test_end_to_end.py", "test_docs.py", "test_methods.py", "test_many_devices.py")
+"""Files that take minutes, few tests each."""
+
+
+def pytest_collection_modifyitems(items):
+    """The slow files first: begun last, one would keep one worker busy and the others idle."""
+    items.sort(key=lambda item: item.path.name not in SLOW)
