@@ -20,12 +20,13 @@ import torch
 from finished import open_run, read_rows, start, write_rows
 from torch import nn
 
-from ddb_fast.classification import Scores, logits_of, read_scores, train_classifier
+from ddb_fast.classification import train_classifier
 from ddb_fast.config import AMPLIFIED
 from ddb_fast.data.benchmarks.colored_mnist import recoloured
 from ddb_fast.data.store import Split
 from ddb_fast.engine import Selection
 from ddb_fast.methods import build_method, first_networks, identify_errors
+from ddb_fast.scoring import Scores, logits_of, read_scores
 
 METHODS = ("erm", "lff", "jtt", "group-dro", *sorted(AMPLIFIED))
 

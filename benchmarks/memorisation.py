@@ -20,11 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ddb_fast import checkpoint
-from ddb_fast.classification import first_network, logits_of, train_classifier
+from ddb_fast.classification import first_network, train_classifier
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.engine import Selection
 from ddb_fast.metrics import auroc, null, precision_recall
 from ddb_fast.recipes import ERM, pseudo_groups
+from ddb_fast.scoring import logits_of
 
 
 def curve(context, source: str, *, images: int, looks: int, scored: int) -> list[dict]:

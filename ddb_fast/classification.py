@@ -28,8 +28,6 @@ from ddb_fast.scoring import (
     table_of,
     training_statistics,
 )
-from ddb_fast.scoring import Scores as Scores
-from ddb_fast.scoring import read_scores as read_scores
 
 
 def build_network(config: ClassifierConfig, num_classes: int) -> nn.Module:

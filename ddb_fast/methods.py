@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from ddb_fast import checkpoint
 from ddb_fast.classification import (
-    Scores,
     features_of,
     first_network,
     load_classifier,
-    logits_of,
     save_classifier,
     train_classifier,
 )
@@ -49,6 +47,7 @@ from ddb_fast.recipes import (
     repeated_errors,
     reweighted_last_layer,
 )
+from ddb_fast.scoring import Scores, logits_of
 
 logger = logging.getLogger(__name__)
 

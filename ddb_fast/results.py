@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from ddb_fast import checkpoint
-from ddb_fast.classification import Scores
 from ddb_fast.config import RunConfig
 from ddb_fast.data.store import ImageData
 from ddb_fast.metrics import (
@@ -18,6 +17,7 @@ from ddb_fast.metrics import (
     summarise,
 )
 from ddb_fast.opinions import read_opinions
+from ddb_fast.scoring import Scores
 from ddb_fast.tabular import COLUMNS, TEXTURE, caveats, markdown, percent, shown_metrics
 from ddb_fast.verdict import as_data, judge
 
