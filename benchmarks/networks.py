@@ -378,7 +378,7 @@ def cpu_ways(
 
 
 def cpu_sampling_items(
-    config: DiffusionConfig, sampling: SamplingConfig, steps: int = _TIMED_STEPS, rounds: int = 5
+    config: DiffusionConfig, sampling: SamplingConfig, steps: int = _TIMED_STEPS, rounds: int = 3
 ) -> Iterator[Item]:
     """1,000 images in batches of the configured size, the ways in turns within one row."""
 
