@@ -141,7 +141,7 @@ def norm_contenders(
 
     def run(operands: Operands) -> Tensor:
         x = operands["x"]
-        y = liger(x.flatten(2), shape.c, shape.g, operands["weight"], operands["bias"], 1e-5)
+        y = liger(x.flatten(2), operands["weight"], operands["bias"], shape.c, shape.g, 1e-5)
         return F.silu(y.view_as(x))
 
     found.append(Contender("liger/nchw", run, "nchw", True))

@@ -16,7 +16,13 @@ import torch
 from rows import Item, Row
 from torch import Tensor
 
+from ddb_fast.benchmark_presets import small_generator
+from ddb_fast.diffusion.losses import diffusion_loss
+from ddb_fast.diffusion.schedule import make_schedule
+from ddb_fast.engine import build_optimizer, seed_step, set_learning_rate
+from ddb_fast.graphs import Forward, Step
 from ddb_fast.kernels import attention_qkv, backends, check, group_norm
+from ddb_fast.models.unet import UNet
 
 # (N, C, H, W, groups): C / G of 1 to 48; 1, 2, 3, 32 and C groups; odd sides, one pixel, no sample.
 NORMS = (
@@ -118,7 +124,11 @@ def special_items(device: torch.device) -> Iterator[Item]:
         yield f"group_norm numel > 2^31, {layout}", functools.partial(_large, device, layout)
     for s in (64, 300):
         yield f"attention batch * heads > 65535, S {s}", functools.partial(_many, device, s)
+    yield "operands that change their alignment", functools.partial(_alignment, device)
     yield "graph replay of dropout", functools.partial(_replay, device)
+    yield "training step as a graph", functools.partial(_graphed_step, device)
+    yield "forward pass as a graph", functools.partial(_graphed_forward, device)
+    yield "a step that cannot be a graph", functools.partial(_refused_graph, device)
 
 
 def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> Row:
@@ -230,6 +240,22 @@ def _many(device: torch.device, s: int) -> Row:
     return {"ok": True, "off": off, "batch * heads": shape.b * shape.h}
 
 
+def _alignment(device: torch.device) -> Row:
+    """A call is launched as an earlier one of its kind was: a view that is not aligned is none."""
+    off = {}
+    for start in (0, 8, 1, 0, 3):
+        case = check.Case("group_norm", "triton", (2, 64, 16, 16, 8), "bf16", "contiguous", ())
+        given = check.operands(case, device)
+        for name in ("x", "d_y"):
+            room = torch.zeros(given[name].numel() + 8, dtype=given[name].dtype, device=device)
+            view = room[start : start + given[name].numel()].view(given[name].shape)
+            given[name] = view.copy_(given[name])
+        truth = check.call(case, "reference", {k: x.double() for k, x in given.items()})
+        found = check.call(case, "triton", given)
+        off[start] = max(check.error(found[k], truth[k]) for k in truth)
+    return {"ok": max(off.values()) < 4e-3, "off": str(off)}
+
+
 def _replay(device: torch.device) -> Row:
     """A replayed graph draws the mask of the seed it finds; without a seed, a new one each time."""
     x = torch.randn(4, 64, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
@@ -257,6 +283,84 @@ def _replay(device: torch.device) -> Row:
                 return {"ok": False, "differs from eager": number}
         found[name] = not torch.equal(*masks)
     return {"ok": all(found.values()), "new masks": found}
+
+
+def _trained(device: torch.device, how: str) -> list[Tensor]:
+    """Losses and weights of a small generator after a few steps launched in this way."""
+    torch.manual_seed(0)
+    config = small_generator(image_size=16, images=64)
+    network = UNet(config.unet, num_classes=3, timesteps=config.timesteps).to(device).train()
+    parameters = list(network.parameters())
+    optimizer, schedule = build_optimizer(config, parameters), make_schedule(config)
+    images, y = torch.randn(64, 3, 16, 16, device=device), torch.arange(64, device=device) % 3
+
+    def run(index: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = diffusion_loss(
+                network, images[index], y[index], schedule=schedule, target=config.target,
+                null_class=network.null_class,
+            )  # fmt: skip
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    step, losses = Step(run, device=device, how=how), []
+    for number in range(20):
+        seed_step(number, device)
+        set_learning_rate(optimizer, 1e-3 / (1 + number))
+        losses.append(step(torch.arange(16, device=device) + number))
+    return [torch.stack(losses), *(p.detach() for p in parameters)]
+
+
+def _graphed_step(device: torch.device) -> Row:
+    """Bit for bit what is launched op by op: noise, dropped labels, rates and weights."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        eager, again, graph, chosen = (
+            _trained(device, how) for how in ("eager", "eager", "graph", "auto")
+        )
+    finally:
+        torch.backends.cudnn.deterministic = before
+    off = {
+        name: max(check.error(a, b.double()) for a, b in zip(other, eager, strict=True))
+        for name, other in (("eager again", again), ("graph", graph), ("auto", chosen))
+    }
+    return {"ok": off["graph"] <= off["eager again"] >= off["auto"], **off}
+
+
+@torch.inference_mode()
+def _graphed_forward(device: torch.device) -> Row:
+    """What eager computes, for two sizes of batch in turn."""
+    config = small_generator(image_size=16, images=64)
+    network = UNet(config.unet, num_classes=3, timesteps=config.timesteps).to(device).eval()
+    graphs, off = Forward(network), 0.0
+    for n in (4, 8, 4, 8):
+        x = torch.randn(n, 3, 16, 16, device=device)
+        t, y = (torch.randint(k, (n,), device=device) for k in (1000, 3))
+        with torch.autocast(device.type, torch.bfloat16):
+            off = max(off, check.error(graphs(x, t, y), network(x, t, y).double()))
+    return {"ok": off == 0, "off": off}
+
+
+def _refused_graph(device: torch.device) -> Row:
+    """A step that reads from the device goes on op by op, and so do random numbers."""
+    x, seen = torch.ones(2, device=device), []
+
+    def run(index: Tensor) -> Tensor:
+        seen.append(index.sum().item())
+        return x * torch.rand(2, device=device)
+
+    step = Step(run, device=device, how="graph")
+    for number in range(6):
+        seed_step(number, device)
+        drawn = step(torch.tensor([number], device=device))
+        seed_step(number, device)
+        if not torch.equal(drawn, torch.rand(2, device=device)):
+            return {"ok": False, "another random number at step": number}
+    return {"ok": sorted(set(seen)) == list(range(6)), "seen": seen}
 
 
 def items(device: torch.device) -> Iterator[Item]:

@@ -5,7 +5,8 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ Call = Callable[[], object]
 
 # Long enough that launching a graph does not count, in seconds.
 _GRAPH = 2e-3
-_REPLAYS = 30
+_REPLAYS = 20
 # Without a device that says, an H100's, in bytes.
 _L2 = 50 * 2**20
 
@@ -63,8 +64,29 @@ def rotation(device: torch.device, footprint: int) -> int:
     return max(1, min(wanted, 64, int(0.4 * free // max(1, footprint))))
 
 
+_untimed = False
+
+
+@contextmanager
+def untimed() -> Iterator[None]:
+    """Inside, what would be timed on a device is called once instead: compiled, not checked."""
+    global _untimed
+    _untimed = True
+    try:
+        yield
+    finally:
+        _untimed = False
+
+
+def is_untimed() -> bool:
+    return _untimed
+
+
 def timed(device: torch.device, build: Callable[[int], Call], sets: int) -> Timing:
     """Time the calls that `build(i)` returns for each set of operands, one after the other."""
+    if _untimed:
+        build(0)()
+        return Timing(math.nan, math.nan, math.nan, "not timed")
     if device.type != "cuda":
         return interleaved({"": build(0)})[""]
     # Backward passes run on the stream of their forward pass, so all is built on the graph's.

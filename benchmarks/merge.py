@@ -240,10 +240,16 @@ def merge(out: Path, command: str, results: Path = RESULTS) -> list[Path]:
     """
     written = []
     for part in _TABLES:
-        path = out / f"{part}.jsonl"
-        if not path.exists():
+        # A part measured in shares has a file for each.
+        paths = sorted([*out.glob(f"{part}.jsonl"), *out.glob(f"{part}-[0-9]*.jsonl")])
+        if not paths:
             continue
-        measured_on, found = rows.read(path)
+        measured_on, found = rows.read(paths[0])
+        for path in paths[1:]:
+            other, more = rows.read(path)
+            if other != measured_on:
+                raise ValueError(f"{path} and {paths[0]} were not measured on the same machine")
+            found |= more
         device = re.sub(r"[^a-z0-9]+", "-", measured_on["device"].lower()).strip("-")
         page_path = results / device / f"{part}.md"
         page_path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,13 @@ from ddb_fast.diffusion.generate import generate_batch
 from ddb_fast.diffusion.losses import diffusion_loss
 from ddb_fast.diffusion.schedule import make_schedule
 from ddb_fast.engine import EMA, build_optimizer
+from ddb_fast.graphs import Forward, Step
 from ddb_fast.kernels import use_backend
 from ddb_fast.models.unet import UNet
 from ddb_fast.presets import PRESETS
 
 CLASSES = 2
-# The authors' steps that are timed, of the 999 they take.
+# The authors' steps that a CPU is timed on, of the 999 they take.
 _TIMED_STEPS = 20
 
 
@@ -40,6 +41,7 @@ class Form:
     """How a network is run: which one, in what precision and layout, compiled in which mode.
 
     attention: of our network run on torch's own operators, the backend of its attention.
+    graph: on a GPU a training step and a forward pass are one CUDA graph each, as in a run.
     """
 
     name: str
@@ -49,14 +51,17 @@ class Form:
     tf32: bool = True
     compiled: str | None = None
     attention: str | None = None
+    graph: bool = False
 
 
 FORMS = (
-    Form("ours", UNet, True, True),
+    Form("ours", UNet, True, True, graph=True),
     Form("authors", Authors, False, False),
     Form("authors, TF32 off", Authors, False, False, tf32=False),
     Form("eager bf16, channels_last, SDPA", WithSDPA, True, True),
-    Form("ours, compiled", UNet, True, True, compiled="default"),
+    Form("ours, op by op", UNet, True, True),
+    Form("compile bf16, channels_last, SDPA", WithSDPA, True, True, compiled="default"),
+    Form("ours, compiled", UNet, True, True, compiled="default", graph=True),
     Form("compile max-autotune, bf16, channels_last, SDPA", WithSDPA, True, True,
          compiled="max-autotune"),
 )  # fmt: skip
@@ -65,7 +70,7 @@ CPU_FORMS = (
     FORMS[0],
     FORMS[1],
     FORMS[3],
-    Form("compile bf16, channels_last, SDPA", WithSDPA, True, True, compiled="default"),
+    FORMS[5],
 )
 # The authors' way with our network: the presets' smaller ones are no shape that theirs can have.
 AUTHORS_WAY = Form("authors' way", UNet, False, True, attention="reference")
@@ -157,10 +162,10 @@ def training_step(
     x0 = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
     y = torch.arange(batch, device=device) % CLASSES
 
-    def step() -> None:
+    def run(index: Tensor) -> Tensor:
         with _precision(form, device):
             loss = diffusion_loss(
-                model, x0, y, schedule=schedule, null_class=network.null_class,
+                model, x0[index], y[index], schedule=schedule, null_class=network.null_class,
                 target=config.target, class_dropout=config.class_dropout,
             )  # fmt: skip
         # Convolutions of the backward pass obey the same switch.
@@ -169,9 +174,20 @@ def training_step(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    graph = form.graph and device.type == "cuda"
+    launched = Step(run, device=device, how="graph" if graph else "eager")
+    index = torch.arange(batch, device=device)
+
+    def step() -> None:
+        launched(index)
         if ema is not None:
             ema.update(100_000, batch)
 
+    if graph:
+        for _ in range(Step.WARM + 1):
+            step()
     return network, step
 
 
@@ -322,22 +338,24 @@ def authors_sampling(
 
 
 def sampling_row(
-    device: torch.device, form: Form, config: DiffusionConfig, batch: int, steps: int
+    device: torch.device, form: Form, config: DiffusionConfig, batch: int, timed: int
 ) -> Row:
-    """Time images from noise: ours with the repository's sampler, else the authors' loop."""
+    """Time images from noise: ours with the repository's sampler, else `timed` authors' steps."""
     torch.compiler.reset()
     network = build(form, config, device).eval()
     if form.network is UNet:
-        sampling = SamplingConfig(steps=steps)
-        what = f"{sampling.sampler}, {steps} steps, guidance 2, both branches in one pass"
+        sampling = SamplingConfig()
+        if form.graph and device.type == "cuda":
+            network = Forward(network)
+        what = f"{sampling.sampler}, {sampling.steps} steps, guidance 2, both branches in one pass"
         timing = seconds_of(device, _our_call(network, form, config, sampling, batch), 3)
         seconds = timing.median
     else:
         walk = config.timesteps - 1
         y = torch.arange(batch, device=device) % CLASSES
-        what = f"ancestral, {walk} steps, two passes; {steps} steps timed, the rest extrapolated"
-        timing = seconds_of(device, authors_sampling(network, form, config, y, steps), 3)
-        seconds = timing.median * walk / steps
+        what = f"ancestral, {walk} steps, two passes; {timed} steps timed, the rest extrapolated"
+        timing = seconds_of(device, authors_sampling(network, form, config, y, timed), 3)
+        seconds = timing.median * walk / timed
     return {
         "form": form.name, "batch": batch, "images/s": batch / seconds,
         "s per 1000 images": 1000 * seconds / batch, "sampler": what,
@@ -346,13 +364,13 @@ def sampling_row(
 
 
 def sampling_items(
-    device: torch.device, config: DiffusionConfig, batch: int = 128, steps: int = _TIMED_STEPS
+    device: torch.device, config: DiffusionConfig, batch: int = 128, timed: int = 5
 ) -> Iterator[Item]:
-    """Images per second of ours, and of the authors' loop with each form of their network."""
-    for form in (*FORMS[:3], FORMS[5]):
+    """Images per second of ours, and of the authors' loop with forms of their network."""
+    for form in FORMS[:4]:
         yield (
             f"sampling {form.name} {batch}",
-            functools.partial(sampling_row, device, form, config, batch, steps),
+            functools.partial(sampling_row, device, form, config, batch, timed),
         )
 
 

@@ -1,23 +1,27 @@
 """Everything worth measuring, in parts that continue where they were broken off.
 
     python benchmarks/suite.py --part correctness|kernels|tune|step|sampling|cpu|scaling --out DIR
+    python benchmarks/suite.py --part correctness --share 1/8 --out DIR  # and 2/8, 3/8, beside it
     python benchmarks/suite.py --merge DIR
 
 Runs from a checkout, installed or not. `cpu` and `scaling` are for a CPU, `correctness`, `kernels`
 and `tune` for a GPU; `step` and `sampling` measure a GPU where there is one, else the CPU. A part
 ends by itself in less than nine minutes; the same command again goes on, until it says that nothing
-is left. `tune` and `cpu` write what they found to kernels/tuned/, `--merge` the tables to
-benchmarks/results/.
+is left. Most of `correctness`, and of a first `tune` or `kernels`, is compiling, which shares do
+side by side; `--warm` compiles and does no more. `tune` and `cpu` write what they found to
+kernels/tuned/, `--merge` the tables to benchmarks/results/.
 """
 
 import argparse
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import checkout  # noqa: F401 - before everything that imports ddb_fast
 import correctness
+import measure
 import merge
 import networks
 import peak_memory
@@ -25,6 +29,7 @@ import rows
 import scaling
 import shapes
 import speed
+import swapped
 import torch
 import tune
 from rows import Item
@@ -47,7 +52,9 @@ def items(part: str, device: torch.device) -> Iterator[Item]:
         return tune.items(device)
     cuda = device.type == "cuda"
     if part == "step" and cuda:
-        return networks.step_items(device, networks.preset())
+        own, others = networks.step_items(device, networks.preset()), swapped.items(device)
+        # What takes minutes to compile last.
+        return iter(sorted([*own, *others], key=lambda item: "compile" in item[0]))
     if part == "step":
         return itertools.chain(networks.cpu_step_items(networks.preset()), peak_memory.items())
     if part == "sampling" and cuda:
@@ -68,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--part", choices=parts)
     what.add_argument("--merge", type=Path, metavar="DIR", help="folder of measured rows")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where rows are kept")
+    parser.add_argument("--share", metavar="I/N", help="every Nth item from the Ith on")
+    parser.add_argument("--warm", action="store_true", help="compile only")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="when a part ends")
     given = parser.parse_args(argv)
     try:
@@ -77,22 +86,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if given.out is None:
             parser.error("--part needs --out")
-        return run(given.part, given.out, given.seconds)
+        share = tuple(map(int, (given.share or "1/1").split("/")))
+        if len(share) != 2 or not 1 <= share[0] <= share[1]:
+            raise ValueError(f"--share {given.share} is not I/N with I from 1 to N")
+        with measure.untimed() if given.warm else nullcontext():
+            name = f"{given.part}-warm" if given.warm else given.part
+            return run(given.part, given.out, given.seconds, share=share, name=name)
     except ValueError as error:
         print(f"suite.py: {error}", file=sys.stderr)
         return 2
 
 
-def run(part: str, out: Path, seconds: float) -> int:
-    """Measure what is missing of a part; see `main` for what is returned."""
+def run(part: str, out: Path, seconds: float, *, share: tuple[int, int], name: str) -> int:
+    """Measure what is missing of a share of a part; see `main` for what is returned."""
     cuda = torch.cuda.is_available()
     if part in GPU_ONLY and not cuda:
         raise ValueError(f"part {part} needs a GPU, and torch finds none")
     device = torch.device("cuda", 0) if cuda and part not in CPU_ONLY else torch.device("cpu")
     speed.settings()
-    kept = rows.Rows(out / f"{part}.jsonl", rows.describe(device))
-    left = rows.measure_all(kept, items(part, device), seconds=seconds, device=device)
-    if part in ("tune", "cpu"):
+    first, shares = share
+    if shares > 1:
+        name += f"-{first}-of-{shares}"
+    kept = rows.Rows(out / f"{name}.jsonl", rows.describe(device))
+    own = itertools.islice(items(part, device), first - 1, None, shares)
+    left = rows.measure_all(kept, own, seconds=seconds, device=device)
+    if name in ("tune", "cpu"):
         print(_write_table(part, kept, device))
     failed = [row["key"] for row in kept if "error" in row or row.get("ok") is False]
     print(f"{part}: {len(kept.rows)} rows, {len(left)} left, {len(failed)} failed")

@@ -165,12 +165,18 @@ def _attention_timing(device: torch.device, shape: shapes.Attention, row: Row) -
 def items(device: torch.device) -> Iterator[Item]:
     """All items of the part `tune`: what the U-Nets train in first, winners before candidates."""
     norms, heads = shapes.unique(shapes.GROUP_NORM), shapes.unique(shapes.ATTENTION)
+    own = [pair for pair in norms if pair[0] in ("ddb", "lean")]
+    others = [pair for pair in norms if pair not in own]
     for dtype in ("bf16", "fp16", "fp32"):
-        found = [
-            *attention_items(device, (dtype,), heads),
-            *norm_items(device, (dtype,), norms, ("nhwc", "nchw")),
+        parts = [
+            list(attention_items(device, (dtype,), heads)),
+            list(norm_items(device, (dtype,), own, ("nhwc",))),
+            list(norm_items(device, (dtype,), others, ("nhwc",))),
+            list(norm_items(device, (dtype,), norms, ("nchw",))),
         ]
-        yield from sorted(found, key=lambda item: not item[0].endswith("{}"))
+        for winners in (True, False):
+            for part in parts:
+                yield from (item for item in part if item[0].endswith("{}") == winners)
 
 
 def best(times: Sequence[Mapping[str, float]], order: Sequence[str]) -> str | None:

@@ -93,6 +93,7 @@ def train_classifier(
         clipped=clipped,
         stop_at=stop_at,
         selection=selection,
+        step_mode=context.config.step,
         show_progress=context.config.progress,
     )
     network.eval()

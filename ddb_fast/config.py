@@ -317,6 +317,10 @@ class RunConfig:
     """Of the diffusion model, the synthetic set and the amplifier."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware has it."""
+    step: Literal["auto", "eager", "graph", "compile"] = "auto"
+    """How training steps are launched: op by op (eager), recorded as one CUDA graph, or compiled by
+    torch.compile and, on one GPU, recorded. auto: on one GPU a graph where that is measured to be
+    faster, else eager; elsewhere eager."""
     threads: int | None = None
     """CPU threads of each process; None: every core, shared by the processes of this machine."""
     out: str = "runs/run"

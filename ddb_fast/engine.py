@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ddb_fast import checkpoint
 from ddb_fast.config import Optimisation
+from ddb_fast.graphs import Step, why_no_graph
 from ddb_fast.trackers import Progress, RunLog
 
 logger = logging.getLogger(__name__)
@@ -72,12 +73,28 @@ def learning_rate(config: Optimisation, images: int) -> float:
 
 
 def build_optimizer(config: Optimisation, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW (fused) or SGD over all parameters, as the configuration says."""
+    """AdamW (fused) or SGD over all parameters, as the configuration says.
+
+    On a GPU the rate is a tensor there, which a recorded step reads anew each time.
+    """
+    device = parameters[0].device
+    cuda = device.type == "cuda"
+    options = {
+        "lr": torch.tensor(config.lr, device=device) if cuda else config.lr,
+        "weight_decay": config.weight_decay,
+    }
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.SGD(parameters, momentum=config.momentum, fused=cuda, **options)
+    return torch.optim.AdamW(parameters, fused=True, capturable=cuda, **options)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use this rate from now on."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 class EMA:
@@ -160,6 +177,7 @@ def fit(
     stop_at: int | None = None,
     ema: EMA | None = None,
     selection: Selection | None = None,
+    step_mode: str = "auto",
     show_progress: bool = True,
 ) -> float:
     """Train `network` in place for `config.images` images; return the seconds it took in all.
@@ -176,10 +194,11 @@ def fit(
             are.
         ema: moving average updated after each step; its tensors are saved with the checkpoint.
         selection: which weights are kept; each rank looks for itself, at the same weights.
+        step_mode: how a step is launched, `RunConfig.step`.
 
     Raises:
-        ValueError: `batch_size` is not a multiple of devices x `accumulate`, or the checkpoint
-            found belongs to another network.
+        ValueError: `batch_size` is not a multiple of devices x `accumulate`, the checkpoint found
+            belongs to another network, or a graph is asked for where there can be none.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     size, parts = config.batch_size, config.accumulate
@@ -187,9 +206,13 @@ def fit(
         raise ValueError(
             f"{stage}: batch_size {size} is not a multiple of {world} devices x {parts} accumulated"
         )
+    scaled = accelerator.scaler is not None
+    no_graph = why_no_graph(accelerator.device, processes=world, scaled=scaled)
+    if step_mode == "graph" and no_graph:
+        raise ValueError(f"{stage}: a step cannot be one graph (--step graph): {no_graph}")
     optimizer = build_optimizer(config, [p for p in network.parameters() if p.requires_grad])
     start, seconds = 0, 0.0
-    if accelerator.scaler is not None:
+    if scaled:
         # One scaler serves all stages; what an earlier one did to it must not reach this one.
         accelerator.scaler.load_state_dict(type(accelerator.scaler)().state_dict())
     if checkpoints.path.exists():
@@ -211,6 +234,8 @@ def fit(
             accelerator.scaler.load_state_dict(metadata["scaler"])
         logger.info("%s: continues after %d images", stage, start * size)
 
+    if step_mode == "compile":
+        network.compile()
     model, prepared = accelerator.prepare(network, optimizer)
     # Only loss scaling needs accelerate's wrapper, which searches the disk for a package at each
     # step: 0.4 ms, a tenth of a small classifier's.
@@ -235,28 +260,34 @@ def fit(
             metadata["scaler"] = accelerator.scaler.state_dict()
         checkpoint.save_tensors(checkpoints.path, tensors, metadata)
 
+    def run(shares: Tensor) -> Tensor:
+        """One step on this device's share of the batch, in parts; the loss."""
+        total = torch.zeros((), device=accelerator.device)
+        for part, share in enumerate(shares):
+            last = part == parts - 1
+            with accelerator.no_sync(model) if not last else contextlib.nullcontext():
+                loss = loss_of(model, share) / parts
+                accelerator.backward(loss)
+            total += loss.detach()
+        if config.grad_clip is not None:
+            # Once for all parts: accelerate's own clipping would unscale fp16 at each.
+            accelerator.unscale_gradients()
+            for module in clipped or (network,):
+                nn.utils.clip_grad_norm_(module.parameters(), config.grad_clip)
+        step_optimizer()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    how = "eager" if no_graph else "auto" if step_mode == "compile" else step_mode
+    one_step = Step(run, device=accelerator.device, how=how)
     shown = show_progress and accelerator.is_main_process
     bar = Progress(log, stage, total=steps * size, start=start * size, shown=shown)
     with bar:
         for step in range(start, steps):
             seed_step(step_seed(seed, stage, step, rank), accelerator.device)
             shares = sampler.batch(step, size).view(world, parts, -1)[rank]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step * size)
-            total = torch.zeros((), device=accelerator.device)
-            for part, share in enumerate(shares):
-                last = part == parts - 1
-                with accelerator.no_sync(model) if not last else contextlib.nullcontext():
-                    loss = loss_of(model, share.to(accelerator.device)) / parts
-                    accelerator.backward(loss)
-                total += loss.detach()
-            if config.grad_clip is not None:
-                # Once for all parts: accelerate's own clipping would unscale fp16 at each.
-                accelerator.unscale_gradients()
-                for module in clipped or (network,):
-                    nn.utils.clip_grad_norm_(module.parameters(), config.grad_clip)
-            step_optimizer()
-            optimizer.zero_grad(set_to_none=True)
+            set_learning_rate(optimizer, learning_rate(config, step * size))
+            total = one_step(shares.to(accelerator.device))
             images = (step + 1) * size
             if ema is not None:
                 ema.update(images, size)
@@ -272,6 +303,7 @@ def fit(
                 saved_at, images_saved = time.monotonic(), images
     # Gives the network its own forward back, and lets go of the optimiser.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    network._compiled_call_impl = None
     accelerator.free_memory()
     if selection is not None and selection.best:
         network.load_state_dict(selection.best)

@@ -20,6 +20,7 @@ from ddb_fast.diffusion.generate import generate_within_memory, plan
 from ddb_fast.diffusion.losses import diffusion_loss
 from ddb_fast.diffusion.schedule import make_schedule
 from ddb_fast.engine import EMA, fit, step_seed
+from ddb_fast.graphs import Forward
 from ddb_fast.models.authors import read_authors_checkpoint
 from ddb_fast.models.unet import UNet, from_authors
 from ddb_fast.presets import PRESETS
@@ -72,6 +73,7 @@ def train_diffusion(context: Context, folder: Path, resume: Path) -> float:
         log=context.log,
         checkpoints=context.checkpoints(resume / "last.safetensors"),
         ema=ema,
+        step_mode=context.config.step,
         show_progress=context.config.progress,
     )
     if accelerator.is_main_process:
@@ -131,6 +133,8 @@ def synthesise(
     scale = config.guidance_scale if guidance_scale is None else guidance_scale
     unet, diffusion, _ = load_diffusion(diffusion_folder)
     unet.to(context.device)
+    graphs = context.device.type == "cuda" and context.config.step != "eager"
+    network = Forward(unet) if graphs else unet
     schedule = make_schedule(diffusion)
     labels, seeds = plan(len(context.data.classes), config.per_class, context.config.seed)
     parts = torch.arange(len(labels)).split(config.batch_size)
@@ -147,7 +151,7 @@ def synthesise(
             part = parts[b]
             with accelerator.autocast():
                 images, at_once = generate_within_memory(
-                    unet,
+                    network,
                     labels[part],
                     seeds[part],
                     at_once=at_once,

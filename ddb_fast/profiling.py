@@ -280,7 +280,9 @@ def profile_run(run: str | Path, accelerator: Any) -> list[StageProfile]:
     """
     run = Path(run)
     config = from_json((run / "config.json").read_text("utf-8"))
-    config = replace(config, progress=False, checkpoint_images=None, checkpoint_minutes=1e9)
+    config = replace(
+        config, progress=False, step="eager", checkpoint_images=None, checkpoint_minutes=1e9
+    )
     data = open_images(
         open_listing(config.data),
         image_size=config.diffusion.image_size,

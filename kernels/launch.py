@@ -65,11 +65,51 @@ def launch(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         # Triton launches on the current device, whatever the tensors' own.
         with torch.cuda.device(device):
-            kernel[tuple(grid)](
-                **arguments, **constants, num_warps=num_warps, num_stages=num_stages
-            )
+            _launch(kernel, grid, arguments, constants, num_warps, num_stages)
     else:
-        kernel[tuple(grid)](**arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        _launch(kernel, grid, arguments, constants, num_warps, num_stages)
+
+
+# Triton finds out at every call which variant of a kernel is meant, which costs the host several
+# times the launch itself. What decides is known here: values of constants, and of arguments what
+# `_kind` says.
+_compiled: dict[tuple, tuple[Any, tuple[str, ...]]] = {}
+
+
+def _launch(
+    kernel: Any,
+    grid: Sequence[int],
+    arguments: Mapping[str, Tensor | int | float | None],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    num_stages: int,
+) -> None:
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    key = (
+        id(kernel), device, num_warps, num_stages,
+        *constants.values(), *[_kind(value) for value in arguments.values()],
+    )  # fmt: skip
+    known = _compiled.get(key)
+    if known is None:
+        compiled = kernel[tuple(grid)](
+            **arguments, **constants, num_warps=num_warps, num_stages=num_stages
+        )
+        # The interpreter compiles nothing.
+        if compiled is not None:
+            _compiled[key] = compiled, tuple(kernel.arg_names)
+        return
+    compiled, names = known
+    given = {**arguments, **constants}
+    compiled[(*grid, 1, 1)[:3]](*[given[name] for name in names])
+
+
+def _kind(value: Tensor | int | float | None) -> Any:
+    """What Triton compiles a variant of its own for: types, alignment, integers that are 1."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return type(value), value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+    return type(value)
 
 
 def power_of_two(n: int) -> int:

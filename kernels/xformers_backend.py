@@ -28,7 +28,7 @@ def why_not(op: str, *arguments: Any) -> list[str]:
     elif not torch.cuda.is_available():
         reasons.append("xformers' kernels need a GPU")
     elif (failure := _import_failure()) is not None:
-        reasons.append(f"xformers cannot be imported: {failure}")
+        reasons.append(f"xformers cannot be used: {failure}")
     if not arguments:
         return reasons
     x = arguments[0]
@@ -46,9 +46,11 @@ def why_not(op: str, *arguments: Any) -> list[str]:
 def _import_failure() -> str | None:
     try:
         import_module("xformers.ops")
+        # Beside another torch than its own it is imported with a warning, and without operators.
+        failure = getattr(import_module("xformers._cpp_lib"), "_cpp_library_load_exception", None)
     except (ImportError, OSError, RuntimeError) as error:
-        return " ".join(str(error).split())
-    return None
+        failure = error
+    return None if failure is None else " ".join(str(failure).split())
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:

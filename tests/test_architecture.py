@@ -14,7 +14,7 @@ LAYERS = [
     {"kernels"},
     {"models", "data", "metrics", "verdict"},
     {"recipes", "diffusion"},
-    {"engine", "checkpoint", "trackers", "costs"},
+    {"engine", "checkpoint", "trackers", "costs", "graphs"},
     {
         "context",
         "generator",

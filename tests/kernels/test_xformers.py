@@ -1,6 +1,7 @@
 """The xformers backend: its reasons, and that a (B, S, H, D) kernel gets the right views."""
 
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,21 @@ def test_a_failing_import_is_a_reason(monkeypatch):
     monkeypatch.setattr(xformers_backend, "import_module", broken)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     xformers_backend._import_failure.cache_clear()
-    reason = "xformers cannot be imported: xformers.ops: built for another torch"
+    reason = "xformers cannot be used: xformers.ops: built for another torch"
+    assert xformers_backend.why_not("attention") == [reason]
+    xformers_backend._import_failure.cache_clear()
+
+
+def test_operators_that_do_not_load_are_a_reason(monkeypatch):
+    """Beside another torch than its own, xformers is imported without them."""
+    failed = OSError("undefined symbol:\n  at::native")
+    packages = {"xformers.ops": object(),
+                "xformers._cpp_lib": SimpleNamespace(_cpp_library_load_exception=failed)}  # fmt: skip
+    monkeypatch.setattr(xformers_backend, "find_spec", lambda name: object())
+    monkeypatch.setattr(xformers_backend, "import_module", packages.__getitem__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    xformers_backend._import_failure.cache_clear()
+    reason = "xformers cannot be used: undefined symbol: at::native"
     assert xformers_backend.why_not("attention") == [reason]
     xformers_backend._import_failure.cache_clear()
 
