@@ -185,6 +185,15 @@ def _in_turns(found: list[Row]) -> str:
     return text
 
 
+def _swapped(found: list[Row]) -> str:
+    """Another library's network with and without our operators."""
+    if not found:
+        return ""
+    names = ("what", "way", "batch", "ms", "forward ms", "images/s", "peak GB", "how")
+    body = [[row.get(name) for name in names] for row in found]
+    return "\n## `optimize`, a training step and a forward pass\n" + table(names, body)
+
+
 def _memory(found: list[Row]) -> str:
     if not found:
         return ""
@@ -201,8 +210,10 @@ def _step(found: list[Row]) -> str:
     """Of a GPU a line a form; of a CPU the forms side by side, and their memory."""
     memory = [row for row in found if "kept MB" in row]
     turns = [row for row in found if "seconds" in row]
-    forms = [row for row in found if row not in memory and row not in turns]
-    return (_networks(forms) if forms else "") + _in_turns(turns) + _memory(memory)
+    swapped = [row for row in found if "way" in row]
+    forms = [row for row in found if not any(row in part for part in (memory, turns, swapped))]
+    text = _networks(forms) if forms else ""
+    return text + _swapped(swapped) + _in_turns(turns) + _memory(memory)
 
 
 def _scaling(found: list[Row]) -> str:

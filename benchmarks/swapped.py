@@ -55,7 +55,7 @@ def _row(device: torch.device, way: str, batch: int, size: int, **sizes) -> Row:
     with torch.inference_mode():
         sampled = networks.seconds_of(device, forward, 10)
     return {
-        "form": f"diffusers UNet2DModel, {way}", "batch": batch, "ms": timing.median * 1e3,
+        "what": "diffusers UNet2DModel", "way": way, "batch": batch, "ms": timing.median * 1e3,
         "images/s": batch / timing.median, "forward ms": sampled.median * 1e3,
         "peak GB": peak, "how": timing.how,
     }  # fmt: skip

@@ -38,8 +38,8 @@ def test_a_failing_import_is_a_reason(monkeypatch):
 def test_operators_that_do_not_load_are_a_reason(monkeypatch):
     """Beside another torch than its own, xformers is imported without them."""
     failed = OSError("undefined symbol:\n  at::native")
-    packages = {"xformers.ops": object(),
-                "xformers._cpp_lib": SimpleNamespace(_cpp_library_load_exception=failed)}  # fmt: skip
+    library = SimpleNamespace(_cpp_library_load_exception=failed)
+    packages = {"xformers.ops": object(), "xformers._cpp_lib": library}
     monkeypatch.setattr(xformers_backend, "find_spec", lambda name: object())
     monkeypatch.setattr(xformers_backend, "import_module", packages.__getitem__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
