@@ -234,9 +234,8 @@ def fit(
             accelerator.scaler.load_state_dict(metadata["scaler"])
         logger.info("%s: continues after %d images", stage, start * size)
 
-    if step_mode == "compile":
-        network.compile()
     model, prepared = accelerator.prepare(network, optimizer)
+    called = torch.compile(model) if step_mode == "compile" else model
     # Only loss scaling needs accelerate's wrapper, which searches the disk for a package at each
     # step: 0.4 ms, a tenth of a small classifier's.
     step_optimizer = optimizer.step if accelerator.scaler is None else prepared.step
@@ -263,19 +262,22 @@ def fit(
     def run(shares: Tensor) -> Tensor:
         """One step on this device's share of the batch, in parts; the loss."""
         total = torch.zeros((), device=accelerator.device)
-        for part, share in enumerate(shares):
-            last = part == parts - 1
-            with accelerator.no_sync(model) if not last else contextlib.nullcontext():
-                loss = loss_of(model, share) / parts
-                accelerator.backward(loss)
-            total += loss.detach()
-        if config.grad_clip is not None:
-            # Once for all parts: accelerate's own clipping would unscale fp16 at each.
-            accelerator.unscale_gradients()
-            for module in clipped or (network,):
-                nn.utils.clip_grad_norm_(module.parameters(), config.grad_clip)
-        step_optimizer()
-        optimizer.zero_grad(set_to_none=True)
+        try:
+            for part, share in enumerate(shares):
+                last = part == parts - 1
+                with accelerator.no_sync(model) if not last else contextlib.nullcontext():
+                    loss = loss_of(called, share) / parts
+                    accelerator.backward(loss)
+                total += loss.detach()
+            if config.grad_clip is not None:
+                # Once for all parts: accelerate's own clipping would unscale fp16 at each.
+                accelerator.unscale_gradients()
+                for module in clipped or (network,):
+                    nn.utils.clip_grad_norm_(module.parameters(), config.grad_clip)
+            step_optimizer()
+        finally:
+            # Also where a recording breaks off: its gradients are no numbers.
+            optimizer.zero_grad(set_to_none=True)
         return total
 
     how = "eager" if no_graph else "auto" if step_mode == "compile" else step_mode
@@ -303,7 +305,6 @@ def fit(
                 saved_at, images_saved = time.monotonic(), images
     # Gives the network its own forward back, and lets go of the optimiser.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    network._compiled_call_impl = None
     accelerator.free_memory()
     if selection is not None and selection.best:
         network.load_state_dict(selection.best)
