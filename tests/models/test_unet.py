@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddb_fast.config import UNetConfig
 from ddb_fast.kernels import use_backend
 from ddb_fast.models import unet as unet_module
-from ddb_fast.models.unet import Attention, ResidualBlock, UNet, sinusoids
+from ddb_fast.models.unet import Attention, ResidualBlock, UNet, join, sinusoids
 from ddb_fast.presets import PRESETS
 
 SMALL = UNetConfig(
@@ -317,3 +317,19 @@ def test_other_numbers_of_image_channels():
     unet = network(in_channels=1)
     _, t, y = batch()
     assert unet(torch.randn(3, 1, 8, 8), t, y).shape == (3, 1, 8, 8)
+
+
+def test_joined_channels_have_gradients_of_their_own():
+    """torch.cat's values and gradients, in tensors without gaps."""
+    operands = [
+        torch.randn(2, channels, 4, 3, dtype=torch.float64).to(**CHANNELS_LAST).requires_grad_()
+        for channels in (6, 2)
+    ]
+    assert torch.autograd.gradcheck(join, operands)
+    gradient = torch.randn(2, 8, 4, 3, dtype=torch.float64).to(**CHANNELS_LAST)
+    expected = torch.autograd.grad(torch.cat(operands, 1), operands, gradient)
+    actual = torch.autograd.grad(joined := join(*operands), operands, gradient)
+    assert torch.equal(joined, torch.cat(operands, 1))
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.is_contiguous(**CHANNELS_LAST) and not theirs.is_contiguous(**CHANNELS_LAST)
