@@ -121,11 +121,11 @@ def measure_all(
         try:
             with _deadline(seconds - (start - began)):
                 row = run()
-        except Exception as reason:
+        except Exception as failure:
             # Whatever it has become on its way: compilers wrap what they did not expect.
             if longest > 0 and time.monotonic() - began >= seconds:
                 break
-            row = {"error": f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"}
+            row = {"error": reason(failure)}
         waiting.pop(0)
         rows.add(key, {**row, "took": round(time.monotonic() - start, 2)})
         print(f"{key}: {_summary(row)}", flush=True)
@@ -133,6 +133,11 @@ def measure_all(
             _release(device)
         longest = max(longest, time.monotonic() - start)
     return [key for key, _ in waiting]
+
+
+def reason(failure: Exception) -> str:
+    """In one line."""
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
 
 
 @contextmanager

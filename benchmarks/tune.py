@@ -17,6 +17,7 @@ from typing import Any
 
 import contenders
 import measure
+import rows
 import shapes
 import speed
 import torch
@@ -133,8 +134,14 @@ def _tried(
 
 
 def _row(row: Row, timing: Callable[[Row], measure.Timing]) -> Row:
-    with trying(row["configuration"]):
-        return {**row, **timing(row).row()}
+    try:
+        with trying(row["configuration"]):
+            return {**row, **timing(row).row()}
+    except TimeoutError:
+        raise
+    except Exception as reason:
+        # Kept with what it is about: a backend that fails at a shape must not win its class.
+        return {**row, "error": rows.reason(reason)}
 
 
 def _norm_timing(device: torch.device, shape: shapes.GroupNorm, row: Row) -> measure.Timing:
@@ -192,6 +199,8 @@ def best(times: Sequence[Mapping[str, float]], order: Sequence[str]) -> str | No
         for name in common
     }
     fastest = min(common, key=pooled.__getitem__)
+    if pooled[fastest] == math.inf:
+        return None
     return common[0] if pooled[common[0]] <= NOISE * pooled[fastest] else fastest
 
 
@@ -201,7 +210,8 @@ def from_gpu(measured: Iterable[Row]) -> tuple[dict[str, Any], dict[str, Any]]:
     A class "backward" is a call that will be differentiated: forward and backward count together.
     """
     pools: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(dict)
-    timed = [row for row in measured if "us" in row]
+    timed = [row for row in measured if "us" in row or ("error" in row and "class" in row)]
+    timed = [{"us": math.inf, **row} for row in timed]
     for row in timed:
         tried = json.dumps(row["configuration"])
         for kernel, key in row["asked"]:
@@ -230,7 +240,10 @@ def from_gpu(measured: Iterable[Row]) -> tuple[dict[str, Any], dict[str, Any]]:
                 }
                 for shape, backward in by_shape.items()
             }
-        chosen = best(list(by_shape.values()), _order(op, shape_class))
+        order = _order(op, shape_class)
+        # A shape of which the time allowed only some backends says nothing.
+        whole = [times for times in by_shape.values() if set(order) <= set(times)]
+        chosen = best(whole or list(by_shape.values()), order)
         if chosen is not None:
             winners[op][shape_class] = chosen
     return dict(winners), dict(configurations)

@@ -60,9 +60,9 @@ BACKENDS = (
     Backend("xformers", xformers_backend.why_not, xformers_backend.OPS),
     Backend("reference", reference.why_not, reference.OPS),
 )
-# Above this length torch's own attention is near what a GPU gives, and in fp32, which takes three
-# products of parts, Triton's spills.
-_SHORT = 256
+# Above this length torch's own attention is near what a GPU gives (on an H100 it is faster at 256),
+# and in fp32, which takes three products of parts, Triton's spills.
+_SHORT = 128
 # torch's bf16 products run on a CPU's matrix tiles where it has them, ours in its vectors. On a
 # Xeon with tiles torch is 1.2 to 7 times as fast, but not at gradients while sequences are short.
 _TILES = torch.cpu._is_amx_tile_supported()

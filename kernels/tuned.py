@@ -71,7 +71,11 @@ def _log2(size: int) -> int:
 def winner(op: str, device: torch.device, shape_class: str) -> str | None:
     """Name the backend that was measured fastest, None where nothing was."""
     table = measured(architecture(device))
-    return None if table is None else table["winners"].get(op, {}).get(shape_class)
+    winners = {} if table is None else table["winners"].get(op, {})
+    if device.type == "cuda" and shape_class not in winners:
+        # The same bytes and, in a GPU's matrix units, the same speed.
+        shape_class = shape_class.replace("fp16/", "bf16/")
+    return winners.get(shape_class)
 
 
 def configuration(kernel: str, device: torch.device, key: str) -> Mapping[str, int] | None:

@@ -1,6 +1,7 @@
 """The benchmark suite: rows that survive, contenders that must be right, tables worked by hand."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -207,6 +208,33 @@ def test_the_table_of_a_gpu(tmp_path, monkeypatch):
     assert tuned.configuration("group_norm", CPU, "key forward") == {"num_warps": 8}
     assert tuned.describe(CPU) == "cpu-avx2: measured on A Chip (TM) 2"
     tuned.measured.cache_clear()
+
+
+def test_what_was_not_reached_does_not_decide_and_what_failed_does():
+    """Of shape b the time allowed torch only; Triton fails at c, which is alone in its class."""
+    failed = tuned_row("c", "forward", "triton", 0.0)
+    del failed["us"]
+    rows = [
+        tuned_row("a", "forward", "torch", 10.0),
+        tuned_row("a", "forward", "triton", 5.0),
+        tuned_row("b", "forward", "torch", 10.0),
+        {**tuned_row("c", "forward", "torch", 10.0), "class": "nhwc/bf16/forward/21"},
+        {**failed, "class": "nhwc/bf16/forward/21", "error": "OutOfResources"},
+    ]
+    winners, configurations = tune.from_gpu(rows)
+    names = {"nhwc/bf16/forward/20": "triton", "nhwc/bf16/forward/21": "torch"}
+    assert winners == {"group_norm": names}
+    assert configurations == {}
+    assert tune.best([{"triton": math.inf}], ("triton",)) is None
+
+
+def test_a_failing_measurement_says_what_it_was_of():
+    def fail(row):
+        raise RuntimeError("no\n memory")
+
+    row = tune._row(tuned_row("a", "forward", "torch", 0.0), fail)
+    assert row["error"] == "RuntimeError: no memory"
+    assert row["class"] == "nhwc/bf16/forward/20"
 
 
 def test_the_table_of_a_cpu():

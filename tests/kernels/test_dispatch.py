@@ -267,15 +267,38 @@ def test_automatic_takes_what_was_measured_fastest(measured):
     torch.testing.assert_close(attention(Q, Q, Q), attention(Q, Q, Q, backend="reference"))
 
 
+def test_on_a_gpu_fp16_wins_where_bf16_does(monkeypatch):
+    winners = {"group_norm": {"nhwc/bf16/forward/20": "torch", "nhwc/fp16/forward/21": "triton",
+                              "nhwc/bf16/forward/21": "torch"}}  # fmt: skip
+    monkeypatch.setattr(tuned, "architecture", lambda device: "any")
+    monkeypatch.setattr(tuned, "measured", lambda arch: {"winners": winners})
+    gpu = torch.device("cuda", 0)
+    assert tuned.winner("group_norm", gpu, "nhwc/fp16/forward/20") == "torch"
+    assert tuned.winner("group_norm", gpu, "nhwc/fp16/forward/21") == "triton"
+    assert tuned.winner("group_norm", gpu, "nhwc/fp32/forward/20") is None
+    assert tuned.winner("group_norm", torch.device("cpu"), "nhwc/fp16/forward/20") is None
+
+
+def test_the_shipped_table_of_an_h100():
+    """What was measured there, read as a network reads it."""
+    winners = tuned.measured("sm_90")["winners"]
+    assert set(winners["group_norm"].values()) == {"triton"}
+    for length, width, first in ((64, 64, "triton"), (256, 64, "torch"), (256, 8, "triton")):
+        for differentiable in (False, True):
+            name = tuned.attention_class(torch.bfloat16, length, width, differentiable)
+            assert winners["attention"][name] == first
+    assert tuned.nearest("sm_100") == "sm_90"
+
+
 def test_unmeasured_devices_have_their_own_order():
     x = X.to("meta")
     assert dispatch.automatic("group_norm", X, 2)[0] in ("native", "torch")
     assert dispatch.automatic("group_norm", x, 2) == ("triton", "torch", "reference")
     for dtype, length, first in (
-        (torch.bfloat16, 256, "triton"),
-        (torch.float16, 256, "triton"),
-        (torch.bfloat16, 257, "torch"),
-        (torch.float32, 256, "torch"),
+        (torch.bfloat16, 128, "triton"),
+        (torch.float16, 128, "triton"),
+        (torch.bfloat16, 129, "torch"),
+        (torch.float32, 128, "torch"),
     ):
         q = torch.empty(1, 2, 4, 4, dtype=dtype, device="meta")
         k = torch.empty(1, 2, length, 4, dtype=dtype, device="meta")
