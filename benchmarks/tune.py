@@ -59,8 +59,9 @@ def trying(configuration: Mapping[str, int]) -> Iterator[set[tuple[str, str]]]:
 
 
 def _forget() -> None:
-    from ddb_fast.kernels import triton_attention
+    from ddb_fast.kernels import triton_attention, triton_group_norm
 
+    triton_group_norm._plan.cache_clear()
     triton_attention.forward_blocks.cache_clear()
     triton_attention.backward_blocks.cache_clear()
 

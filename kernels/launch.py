@@ -71,9 +71,11 @@ def launch(
 
 
 # Triton finds out at every call which variant of a kernel is meant, which costs the host several
-# times the launch itself. What decides is known here: values of constants, and of arguments what
-# `_kind` says.
+# times the launch itself. All that it looks at is in the key: types and alignment of tensors, the
+# values of everything else.
 _compiled: dict[tuple, tuple[Any, tuple[str, ...]]] = {}
+# Sizes that never come back must not pile up.
+_REMEMBERED = 2**14
 
 
 def _launch(
@@ -85,31 +87,26 @@ def _launch(
     num_stages: int,
 ) -> None:
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    key = (
-        id(kernel), device, num_warps, num_stages,
-        *constants.values(), *[_kind(value) for value in arguments.values()],
-    )  # fmt: skip
-    known = _compiled.get(key)
-    if known is None:
-        compiled = kernel[tuple(grid)](
-            **arguments, **constants, num_warps=num_warps, num_stages=num_stages
-        )
-        # The interpreter compiles nothing.
-        if compiled is not None:
-            _compiled[key] = compiled, tuple(kernel.arg_names)
+    parts = [id(kernel), device, num_warps, num_stages, *constants.values()]
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            parts.append(value.dtype)
+            value = value.data_ptr() % 16 == 0
+        parts.append(value)
+    known = _compiled.get(key := tuple(parts))
+    if known is not None:
+        compiled, names = known
+        given = {**arguments, **constants}
+        compiled[(*grid, 1, 1)[:3]](*[given[name] for name in names])
         return
-    compiled, names = known
-    given = {**arguments, **constants}
-    compiled[(*grid, 1, 1)[:3]](*[given[name] for name in names])
-
-
-def _kind(value: Tensor | int | float | None) -> Any:
-    """What Triton compiles a variant of its own for: types, alignment, integers that are 1."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, int):
-        return type(value), value == 1, value % 16 == 0, -(2**31) <= value < 2**31
-    return type(value)
+    compiled = kernel[tuple(grid)](
+        **arguments, **constants, num_warps=num_warps, num_stages=num_stages
+    )
+    # The interpreter compiles nothing.
+    if compiled is not None:
+        if len(_compiled) >= _REMEMBERED:
+            _compiled.clear()
+        _compiled[key] = compiled, tuple(kernel.arg_names)
 
 
 def power_of_two(n: int) -> int:

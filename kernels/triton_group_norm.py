@@ -1,5 +1,6 @@
 """Triton's fused group norm: which kernels run with which blocks, and their launch."""
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,11 +53,26 @@ def plan(x: Tensor, num_groups: int, *, backward: bool, dropout: bool) -> Plan:
     A slab is at least 64 bytes of channels wide in whole 16-byte vectors. It stays in registers if
     it fits; else few large programs run side by side, so that what they read twice fits in L2.
     """
-    n, c, h, w = x.shape
-    hw, group = h * w, c // num_groups
-    size = x.element_size()
+    # Its answer is remembered: working it out costs the host as much as launching the kernel.
+    return _plan(
+        tuple(x.shape), x.dtype, x.is_contiguous(), x.device, num_groups, backward, dropout
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    contiguous: bool,
+    device: torch.device,
+    num_groups: int,
+    backward: bool,
+    dropout: bool,
+) -> Plan:
+    n, c, h, w = shape
+    hw, group, size = h * w, c // num_groups, dtype.itemsize
     vector = math.gcd(c, 16 // size)
-    channels_last = _is_channels_last(x)
+    channels_last = not contiguous or hw == 1
     slab_groups = num_groups
     for count in range(1, num_groups):
         width = count * group
@@ -68,12 +84,13 @@ def plan(x: Tensor, num_groups: int, *, backward: bool, dropout: bool) -> Plan:
     slab = slab_groups * group
     slabs = -(-num_groups // slab_groups)
     block_c = max(8, power_of_two(slab))
-    target = 2 * multiprocessors(x.device)
+    target = 2 * multiprocessors(device)
 
     registers = 4096 if backward else 8192
     one_tile = power_of_two(hw) * block_c <= registers
     split = slab > MAX_SLAB or (n * slabs < target and not one_tile)
-    asked = tuned.configuration("group_norm", x.device, _key(x, num_groups, backward)) or {}
+    name = tuned.group_norm_class(dtype, contiguous, shape[1:], backward)
+    asked = tuned.configuration("group_norm", device, f"{name}/{group}") or {}
     if asked.get("split", split) and (hw > 1 or slab > MAX_SLAB):
         return _split_plan(n, c, hw, size, channels_last, target, asked)
     if one_tile:
@@ -106,11 +123,6 @@ def _split_plan(
     splits = max(1, min(-(-2 * target // max(1, n * slabs)), -(-hw // block_p)))
     chunk = -(-hw // (splits * block_p)) * block_p
     return Plan(0, slabs, -(-hw // chunk), chunk, False, block_p, block_c, warps)
-
-
-def _key(x: Tensor, num_groups: int, backward: bool) -> str:
-    name = tuned.group_norm_class(x.dtype, x.is_contiguous(), x.shape[1:], backward)
-    return f"{name}/{x.shape[1] // num_groups}"
 
 
 def _is_channels_last(x: Tensor) -> bool:
