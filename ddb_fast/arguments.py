@@ -12,7 +12,8 @@ import typing
 from collections.abc import Collection, Sequence
 
 from ddb_fast import config as config_module
-from ddb_fast.config import TAKES_RHO, RunConfig, flatten, with_fields
+from ddb_fast.config import TAKES_RHO, RunConfig, with_fields
+from ddb_fast.fields import flatten
 from ddb_fast.presets import PRESETS, load_config
 
 SHORT = {

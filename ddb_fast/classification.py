@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ddb_fast import checkpoint
-from ddb_fast.config import ClassifierConfig, from_dict
+from ddb_fast.config import ClassifierConfig
 from ddb_fast.context import Context
 from ddb_fast.data.augment import augment
 from ddb_fast.data.pixels import normalise
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.store import gather, resident
 from ddb_fast.engine import Sampler, Selection, fit, step_seed
+from ddb_fast.fields import from_dict
 from ddb_fast.models.classifiers import build_classifier, linear_head, load_pretrained
 from ddb_fast.recipes import ERM
 from ddb_fast.scoring import (

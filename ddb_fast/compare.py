@@ -16,10 +16,10 @@ from ddb_fast.config import (
     TAKES_RHO,
     DataConfig,
     RunConfig,
-    flatten,
     from_json,
     stage_fields,
 )
+from ddb_fast.fields import flatten
 from ddb_fast.published import PUBLISHED, Published, Row
 from ddb_fast.tabular import (
     COLUMNS,

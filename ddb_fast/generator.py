@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddb_fast import checkpoint
-from ddb_fast.config import DiffusionConfig, from_dict, to_json
+from ddb_fast.config import DiffusionConfig
 from ddb_fast.context import Context
 from ddb_fast.data.pixels import normalise
 from ddb_fast.data.samplers import ShuffledSampler
@@ -20,6 +20,7 @@ from ddb_fast.diffusion.generate import generate_within_memory, plan
 from ddb_fast.diffusion.losses import diffusion_loss
 from ddb_fast.diffusion.schedule import make_schedule
 from ddb_fast.engine import EMA, fit, step_seed
+from ddb_fast.fields import from_dict, to_json
 from ddb_fast.graphs import Forward
 from ddb_fast.models.authors import read_authors_checkpoint
 from ddb_fast.models.unet import UNet, from_authors

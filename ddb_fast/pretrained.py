@@ -20,13 +20,14 @@ from torch.nn import functional as F
 
 from ddb_fast import checkpoint
 from ddb_fast.classification import load_classifier, save_classifier
-from ddb_fast.config import ClassifierConfig, DiffusionConfig, SamplingConfig, from_dict
+from ddb_fast.config import ClassifierConfig, DiffusionConfig, SamplingConfig
 from ddb_fast.data.augment import amplifier_view, centre
 from ddb_fast.data.listing import read_image
 from ddb_fast.data.pixels import normalise
 from ddb_fast.data.store import FITS, centre_square
 from ddb_fast.diffusion.generate import generate_within_memory
 from ddb_fast.diffusion.schedule import make_schedule
+from ddb_fast.fields import from_dict
 from ddb_fast.generator import build_unet, load_diffusion, save_diffusion
 from ddb_fast.model_card import card
 from ddb_fast.models.classifiers import build_classifier

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from ddb_fast.arguments import SHORT, field_texts
-from ddb_fast.config import METHODS, RunConfig, from_dict
+from ddb_fast.config import METHODS, RunConfig
 from ddb_fast.data.listing import SPLITS
+from ddb_fast.fields import from_dict
 from ddb_fast.models.classifiers import NETWORKS
 from ddb_fast.presets import PRESETS
 

@@ -21,8 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from ddb_fast import checkpoint
-from ddb_fast.config import RunConfig, flatten
+from ddb_fast.config import RunConfig
 from ddb_fast.data.store import ImageData
+from ddb_fast.fields import flatten
 from ddb_fast.scoring import Scores, read_scores
 from ddb_fast.tabular import COLUMNS, caveats, percent, shown_metrics
 

@@ -23,10 +23,9 @@ from ddb_fast.config import (
     METHODS,
     RunConfig,
     default_fields,
-    fields_hash,
     stage_fields,
-    to_json,
 )
+from ddb_fast.fields import fields_hash, to_json
 
 
 def _git_commit() -> str | None:

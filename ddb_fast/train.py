@@ -15,7 +15,8 @@ if __name__ == "__main__":  # the launcher puts this file's folder first; our mo
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
 
 from ddb_fast.arguments import parse_run
-from ddb_fast.config import RunConfig, to_json
+from ddb_fast.config import RunConfig
+from ddb_fast.fields import to_json
 
 
 def choose_precision(asked: str, *, exported: str | None, cuda: bool) -> tuple[str, str]:

@@ -8,7 +8,8 @@ import pytest
 
 from ddb_fast import cli
 from ddb_fast.compare import compare, read_run
-from ddb_fast.config import to_json, with_fields
+from ddb_fast.config import with_fields
+from ddb_fast.fields import to_json
 from ddb_fast.metrics import summarise, wilson_interval
 from ddb_fast.presets import PRESETS
 from ddb_fast.published import PUBLISHED

@@ -10,7 +10,8 @@ from ddb_fast import completion
 from ddb_fast.arguments import SHORT, OneLineParser
 from ddb_fast.cli import COMMANDS
 from ddb_fast.completion import SHELLS, main, parser_of
-from ddb_fast.config import METHODS, flatten
+from ddb_fast.config import METHODS
+from ddb_fast.fields import flatten
 from ddb_fast.presets import PRESETS
 
 FIELDS = {f"--{name}" for name in flatten(PRESETS["ddb"]()) if name != "preset"}

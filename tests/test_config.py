@@ -14,13 +14,11 @@ from ddb_fast.config import (
     DFRConfig,
     JTTConfig,
     LfFConfig,
-    fields_hash,
-    flatten,
     from_json,
     stage_fields,
-    to_json,
     with_fields,
 )
+from ddb_fast.fields import fields_hash, flatten, to_json
 from ddb_fast.presets import PRESETS, load_config
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from ddb_fast.config import default_fields, flatten, with_fields
+from ddb_fast.config import default_fields, with_fields
+from ddb_fast.fields import flatten
 from ddb_fast.presets import PRESETS
 from ddb_fast.run_folder import RunFolder
 

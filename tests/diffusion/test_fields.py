@@ -8,8 +8,9 @@ import torch
 
 from ddb_fast import generator
 from ddb_fast.arguments import parse_run
-from ddb_fast.config import flatten, from_json, to_json, with_fields
+from ddb_fast.config import from_json, with_fields
 from ddb_fast.diffusion.generate import SAMPLERS
+from ddb_fast.fields import flatten, to_json
 from ddb_fast.presets import PRESETS
 from ddb_fast.run_folder import RunFolder
 
