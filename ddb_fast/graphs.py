@@ -36,9 +36,11 @@ def capture(
     try:
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             result = run(*held)
-    except RuntimeError:
+    except RuntimeError as failure:
         generator.graphsafe_set_state(untouched)
-        raise
+        # To end a recording that memory did not suffice for may fail too, and hide the reason.
+        reason = failure.__context__
+        raise reason if isinstance(reason, torch.OutOfMemoryError) else failure
     finally:
         torch.clear_autocast_cache()
 

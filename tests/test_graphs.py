@@ -134,6 +134,32 @@ def test_a_forward_pass_is_recorded_once_a_shape(monkeypatch):
     assert next(forward.parameters()) is next(network.parameters())
 
 
+def test_a_recording_that_fails_leaves_all_as_it_was(monkeypatch):
+    """The generator's state is put back; memory that did not suffice is what is reported."""
+    state, put_back = object(), []
+    generator = SimpleNamespace(clone_state=lambda: state, graphsafe_set_state=put_back.append)
+
+    @contextlib.contextmanager
+    def recording(graph, **options):
+        try:
+            yield
+        finally:
+            raise RuntimeError("the recording is void")
+
+    monkeypatch.setattr(torch.cuda, "default_generators", {None: generator})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+
+    def exhausted(x):
+        raise torch.OutOfMemoryError("no more")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no more"):
+        graphs.capture(exhausted, torch.zeros(1))
+    with pytest.raises(RuntimeError, match="void"):
+        graphs.capture(lambda x: x, torch.zeros(1))
+    assert put_back == [state, state]
+
+
 def test_reasons_against_a_graph():
     cuda = torch.device("cuda", 0)
     assert why_no_graph(cuda) is None
