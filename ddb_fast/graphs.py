@@ -39,8 +39,9 @@ def capture(
     except RuntimeError as failure:
         generator.graphsafe_set_state(untouched)
         # To end a recording that memory did not suffice for may fail too, and hide the reason.
-        reason = failure.__context__
-        raise reason if isinstance(reason, torch.OutOfMemoryError) else failure
+        if isinstance(failure.__context__, torch.OutOfMemoryError):
+            raise failure.__context__ from None
+        raise
     finally:
         torch.clear_autocast_cache()
 
