@@ -4,9 +4,10 @@ import contextlib
 import functools
 import gc
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -130,6 +131,32 @@ def forked(words: list[str], **options):
     """Run a command to its end as `run` does, in a fork; options as those of `started`."""
     with started(words, **options) as (_, answer):
         return answer()
+
+
+def ranks(count: int, words: list[str], *, before: Callable[[], None] | None = None):
+    """Run a command on so many processes, with the environment that a launcher gives them.
+
+    Where one ends badly the others are killed, as a launcher does. before: called in rank 0 first.
+    Returns what rank 0 answered.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        begun = []
+        for rank in range(count):
+            where = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+            where |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in where.items()} if count > 1 else {}
+            one = started(words, before=None if rank else before, **environment)
+            begun.append(stack.enter_context(one))
+        waiting = [process for process, _ in begun]
+        while waiting:
+            multiprocessing.connection.wait([process.sentinel for process in waiting])
+            waiting = [process for process in waiting if process.exitcode is None]
+            if any(process.exitcode for process, _ in begun):
+                for process in waiting:
+                    process.kill()
+        return begun[0][1]()
 
 
 def ddb_fast(out: Path, **changes: str):

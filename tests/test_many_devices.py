@@ -1,13 +1,9 @@
 """A run may continue on another number of devices than it was started on."""
 
-import contextlib
 import functools
 import json
 import math
-import multiprocessing.connection
 import signal
-import socket
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,47 +22,19 @@ SHORT = {
 }
 
 
-def on(ranks: int, out: Path, before=None):
-    """Run the short configuration on one process, or on several as a launcher starts them.
-
-    before: called in rank 0 first. Where a rank ends badly the others are killed, as a launcher
-    does. Returns what rank 0 answered.
-    """
-    words = ["run", *small.arguments(out, **SHORT)]
-    with contextlib.ExitStack() as stack:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        processes, answers = [], []
-        for rank in range(ranks):
-            where = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
-            where |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-            environment = {name: str(value) for name, value in where.items()} if ranks > 1 else {}
-            started = small.started(words, before=None if rank else before, **environment)
-            process, answer = stack.enter_context(started)
-            processes.append(process)
-            answers.append(answer)
-        waiting = processes
-        while waiting:
-            multiprocessing.connection.wait([process.sentinel for process in waiting])
-            waiting = [process for process in waiting if process.exitcode is None]
-            if any(process.exitcode for process in processes):
-                for process in waiting:
-                    process.kill()
-        return answers[0]()
-
-
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_killed_run_continues_on_another_number_of_devices(tmp_path, before, after):
     """Killed just after the second checkpoint of the diffusion model is in place."""
     out = tmp_path / "run"
     kill = functools.partial(small.kill_at, str(out), "diffusion/checkpoints/last", 2, "after")
-    assert on(before, out, kill).returncode == -signal.SIGKILL
+    words = ["run", *small.arguments(out, **SHORT)]
+    assert small.ranks(before, words, before=kill).returncode == -signal.SIGKILL
     checkpoint = out / "diffusion" / "checkpoints" / "last.safetensors"
     first = load_file(checkpoint)
     assert not json.loads((out / "manifest.json").read_text())["stages"]["diffusion"]["done"]
 
-    answer = on(after, out)
+    answer = small.ranks(after, words)
     assert answer.returncode == 0, answer.stderr
     assert f"{after} x cpu" in answer.stderr
     assert "diffusion: continues after 256 images" in answer.stderr
