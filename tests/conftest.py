@@ -7,6 +7,7 @@ while another worker has the core cost more than they give.
 
 import gc
 import os
+import sys
 
 os.environ["ACCELERATE_USE_CPU"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"
@@ -24,4 +25,8 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """What was imported is no garbage: the collections at the end of each training pass it over."""
+    if "triton" in sys.modules:
+        from interpreter import remember_builtins
+
+        remember_builtins()
     gc.freeze()
