@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +80,7 @@ FORKS.set_forkserver_preload(
 )
 
 
-def _child(call: str, words: list[str], output: list[Path], cwd, environment, before) -> None:
+def _child(words: list[str], output: list[Path], cwd, environment, before) -> None:
     gc.freeze()  # what is imported is no garbage, and every training of a run looks for some
     for stream, path in enumerate(output, 1):
         with path.open("wb") as file:
@@ -92,26 +91,21 @@ def _child(call: str, words: list[str], output: list[Path], cwd, environment, be
     sys.argv = ["ddb-fast", *words]
     if before is not None:
         before()
-    sys.exit(import_module(call).main(words))
+    from ddb_fast import cli
+
+    sys.exit(cli.main(words))
 
 
 @contextlib.contextmanager
-def started(
-    words: list[str],
-    *,
-    call: str = "ddb_fast.cli",
-    cwd: Path | None = None,
-    before: Callable[[], None] | None = None,
-    **environment: str,
-):
-    """A command in a process forked from one that has imported everything.
+def started(words: list[str], *, before: Callable[[], None] | None = None, **environment: str):
+    """`ddb-fast` with these words, in a process forked from one that has imported everything.
 
-    call: the module whose `main` takes the words. before: called in the process first.
-    Yields the process, and a function that waits for it and answers as `run` does.
+    before: called in the process first. Yields the process, and a function that waits for it and
+    answers as `run` does.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = [Path(folder, name) for name in ("stdout", "stderr")]
-        given = (call, words, output, cwd or Path.cwd(), {**os.environ, **environment}, before)
+        given = (words, output, Path.cwd(), {**os.environ, **environment}, before)
         process = FORKS.Process(target=_child, args=given)
 
         def answer() -> subprocess.CompletedProcess:
@@ -128,13 +122,13 @@ def started(
 
 
 def forked(words: list[str], **options):
-    """Run a command to its end as `run` does, in a fork; options as those of `started`."""
+    """Run `ddb-fast` to its end as `run` does, in a fork; options as those of `started`."""
     with started(words, **options) as (_, answer):
         return answer()
 
 
 def ranks(count: int, words: list[str], *, before: Callable[[], None] | None = None):
-    """Run a command on so many processes, with the environment that a launcher gives them.
+    """Run `ddb-fast` on so many processes, with the environment that a launcher gives them.
 
     Where one ends badly the others are killed, as a launcher does. before: called in rank 0 first.
     Returns what rank 0 answered.
