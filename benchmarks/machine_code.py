@@ -12,6 +12,8 @@ One line per variant and architecture, then the violations; exit 1 if there are 
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,7 +28,7 @@ if os.environ.pop("TRITON_INTERPRET", None) is not None:
     print("TRITON_INTERPRET is ignored: this compiles", file=sys.stderr)
 
 import checkout  # noqa: F401 - before ddb_fast
-from disassembly import Facts, compile_variant
+from disassembly import Build, Facts, compile_variant, disassemble
 from variants import Variant, recorded
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -68,24 +70,41 @@ def _count(facts: Facts, opcode: str) -> int:
 _variants: Sequence[Variant] = ()
 
 
-def _check(task: tuple[int, str]) -> dict[str, Any]:
+def _build(task: tuple[int, str]) -> Build | str:
+    """A compiled variant, or why it cannot be."""
     index, arch = task
-    variant = _variants[index]
-    row = {
-        "kernel": variant.name,
-        "blocks": variant.blocks,
-        "calls": variant.labels,
-        "arch": arch,
-    }
     try:
-        facts = compile_variant(variant, arch)
+        return compile_variant(_variants[index], arch)
     except Exception as error:
         # Whatever stops the compiler is a finding about this variant; the others still count.
         message = " ".join(str(error).split())[:300]
-        return {**row, "violations": [f"cannot be built: {type(error).__name__}: {message}"]}
-    measured = asdict(facts)
-    measured["widths"] = {name: sorted(bits) for name, bits in facts.widths.items()}
-    return {**row, **measured, "violations": violations(variant, arch, facts)}
+        return f"cannot be built: {type(error).__name__}: {message}"
+
+
+# So many builds are disassembled together: their rows are shown together.
+_TOGETHER = 30
+
+
+def _rows(tasks: Sequence[tuple[int, str]], answers: Iterable[Build | str]) -> list[dict[str, Any]]:
+    answers = list(answers)
+    facts = iter(disassemble([answer for answer in answers if isinstance(answer, Build)]))
+    rows = []
+    for (index, arch), answer in zip(tasks, answers, strict=True):
+        variant = _variants[index]
+        row = {
+            "kernel": variant.name,
+            "blocks": variant.blocks,
+            "calls": variant.labels,
+            "arch": arch,
+        }
+        if isinstance(answer, str):
+            rows.append({**row, "violations": [answer]})
+            continue
+        found = next(facts)
+        measured = asdict(found)
+        measured["widths"] = {name: sorted(bits) for name, bits in found.widths.items()}
+        rows.append({**row, **measured, "violations": violations(variant, arch, found)})
+    return rows
 
 
 def check(
@@ -95,12 +114,15 @@ def check(
     global _variants
     _variants = variants
     tasks = [(i, arch) for i in range(len(variants)) for arch in architectures]
-    if jobs == 1:
-        yield from map(_check, tasks)
-        return
-    # Forked, the workers have the variants: kernels cannot be sent to another process.
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        yield from pool.imap(_check, tasks)
+    with contextlib.ExitStack() as stack:
+        answers = map(_build, tasks)
+        if jobs > 1:
+            # Forked, the workers have the variants: kernels cannot be sent to another process.
+            pool = multiprocessing.get_context("fork").Pool(jobs)
+            answers = stack.enter_context(pool).imap(_build, tasks)
+        for start in range(0, len(tasks), _TOGETHER):
+            some = tasks[start : start + _TOGETHER]
+            yield from _rows(some, itertools.islice(answers, len(some)))
 
 
 def line(row: dict[str, Any]) -> str:

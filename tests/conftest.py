@@ -5,7 +5,9 @@ pytest-xdist runs several workers, each of them has one thread: threads that wai
 while another worker has the core cost more than they give.
 """
 
+import gc
 import os
+import sys
 
 os.environ["ACCELERATE_USE_CPU"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"
@@ -19,3 +21,12 @@ SLOW = ("test_end_to_end.py", "test_docs.py", "test_methods.py", "test_many_devi
 def pytest_collection_modifyitems(items):
     """The slow files first: begun last, one would keep one worker busy and the others idle."""
     items.sort(key=lambda item: item.path.name not in SLOW)
+
+
+def pytest_collection_finish():
+    """What was imported is no garbage: the collections at the end of each training pass it over."""
+    if "triton" in sys.modules:
+        from interpreter import remember_builtins
+
+        remember_builtins()
+    gc.freeze()

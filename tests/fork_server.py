@@ -1,17 +1,26 @@
-"""Commands of ours without their five seconds of imports: a process that forks one for each.
+"""Executables that run commands of ours without seconds of imports: a process forks for each.
 
-`serve` imports everything once and is not touched by what its children do. `CLIENT` is the text of
-an executable that hands over its words, folder, environment and standard streams, and ends as the
-command does.
+`serve` is itself forked from the process of `small` that has imported everything, and is not
+touched by what its children do. `CLIENT` is the text of an executable that hands over its words,
+folder, environment and standard streams, and ends as the command does.
 """
 
+import contextlib
+import gc
 import json
 import os
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from importlib import import_module
+from pathlib import Path
+
+import small
+
+MODULES = {"ddb-fast": "ddb_fast.cli", "launch": "ddb_fast.train"}
+"""Executables, and the modules whose `main` takes their words."""
 
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
@@ -28,25 +37,45 @@ sys.exit(status[0] if status else "the command was killed")
 """
 
 
-def serve(address: str, modules: dict[str, str]) -> None:
-    """Take orders at a Unix socket until killed; modules: whose `main` a client of a name calls."""
-    for module in ("ddb_fast.pipeline", "ddb_fast.sweep", *modules.values()):
-        import_module(module)  # no thread exists yet, so forking is safe
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    with socket.socket(socket.AF_UNIX) as server:
+@contextlib.contextmanager
+def executables(folder: Path, before: str = ""):
+    """Write those of `MODULES` into a folder, to work inside the block.
+
+    `launch` takes the place of the Python interpreter in `python -m ddb_fast.train`. before: Python
+    text that may change `words`, for the executable `name`.
+    """
+    before = f"if name == 'launch':\n    words = words[2:]\n{before}"
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as server:
+        address = f"{short}/socket"  # the names of sockets may not be long
         server.bind(address)
         server.listen()
-        print("ready", flush=True)
-        while True:
-            order, _ = server.accept()
-            if os.fork() == 0:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                order.sendall(bytes([_run(order, modules)]))
-                os._exit(0)
-            order.close()
+        for name in MODULES:
+            text = CLIENT.format(python=sys.executable, before=before, address=address)
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        process = small.FORKS.Process(target=serve, args=(server,))
+        process.start()
+        try:
+            yield
+        finally:
+            process.kill()
+            process.join()
 
 
-def _run(order: socket.socket, modules: dict[str, str]) -> int:
+def serve(server: socket.socket) -> None:
+    """Take orders at a Unix socket until killed."""
+    gc.freeze()  # what is imported is no garbage, and every training of a run looks for some
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        order, _ = server.accept()
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            order.sendall(bytes([_run(order)]))
+            os._exit(0)
+        order.close()
+
+
+def _run(order: socket.socket) -> int:
     streams = socket.recv_fds(order, 1, 3)[1]
     text = b"".join(iter(lambda: order.recv(65536), b""))
     given = json.loads(text)
@@ -58,7 +87,7 @@ def _run(order: socket.socket, modules: dict[str, str]) -> int:
     os.environ.update(given["environment"])
     sys.argv = [given["name"], *given["words"]]
     try:
-        status = import_module(modules[given["name"]]).main(given["words"])
+        status = import_module(MODULES[given["name"]]).main(given["words"])
     except SystemExit as end:
         status = end.code
     except BaseException:
@@ -67,7 +96,3 @@ def _run(order: socket.socket, modules: dict[str, str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return status if isinstance(status, int) else int(status is not None)
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,9 +1,17 @@
 """The short configuration that the end-to-end tests share: every stage, seconds each."""
 
+import contextlib
+import functools
+import gc
 import json
+import multiprocessing.connection
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -54,49 +62,130 @@ def run(command: list[str], *, cwd: Path | None = None, **environment: str):
     )
 
 
+# One process imports what a run imports, seconds of it, before any thread exists; every command is
+# a fork of that. Forks share the seed of Python's hashes with it: that results do not depend on it
+# is for the tests that start an interpreter of their own.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "ddb_fast.cli",
+        "ddb_fast.pipeline",
+        "ddb_fast.sweep",
+        "ddb_fast.train",
+        "matplotlib.figure",
+        "pytest",  # where its command is the main module, a fork imports that again
+        "sklearn.datasets",
+        "torch._dynamo",
+    ]
+)
+
+
+def _child(words: list[str], output: list[Path], cwd, environment, before) -> None:
+    gc.freeze()  # what is imported is no garbage, and every training of a run looks for some
+    for stream, path in enumerate(output, 1):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), stream)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["ddb-fast", *words]
+    if before is not None:
+        before()
+    from ddb_fast import cli
+
+    sys.exit(cli.main(words))
+
+
+@contextlib.contextmanager
+def started(words: list[str], *, before: Callable[[], None] | None = None, **environment: str):
+    """`ddb-fast` with these words, in a process forked from one that has imported everything.
+
+    before: called in the process first. Yields the process, and a function that waits for it and
+    answers as `run` does.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = [Path(folder, name) for name in ("stdout", "stderr")]
+        given = (words, output, Path.cwd(), {**os.environ, **environment}, before)
+        process = FORKS.Process(target=_child, args=given)
+
+        def answer() -> subprocess.CompletedProcess:
+            process.join()
+            texts = (path.read_text() for path in output)
+            return subprocess.CompletedProcess(words, process.exitcode, *texts)
+
+        process.start()
+        try:
+            yield process, answer
+        finally:
+            process.kill()
+            process.join()
+
+
+def forked(words: list[str], **options):
+    """Run `ddb-fast` to its end as `run` does, in a fork; options as those of `started`."""
+    with started(words, **options) as (_, answer):
+        return answer()
+
+
+def ranks(count: int, words: list[str], *, before: Callable[[], None] | None = None):
+    """Run `ddb-fast` on so many processes, with the environment that a launcher gives them.
+
+    Where one ends badly the others are killed, as a launcher does. before: called in rank 0 first.
+    Returns what rank 0 answered.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        begun = []
+        for rank in range(count):
+            where = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+            where |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in where.items()} if count > 1 else {}
+            one = started(words, before=None if rank else before, **environment)
+            begun.append(stack.enter_context(one))
+        waiting = [process for process, _ in begun]
+        while waiting:
+            multiprocessing.connection.wait([process.sentinel for process in waiting])
+            waiting = [process for process in waiting if process.exitcode is None]
+            if any(process.exitcode for process, _ in begun):
+                for process in waiting:
+                    process.kill()
+        return begun[0][1]()
+
+
 def ddb_fast(out: Path, **changes: str):
     """`ddb-fast run` in a process of its own."""
-    return run([sys.executable, "-m", "ddb_fast.cli", "run", *arguments(out, **changes)])
+    return forked(["run", *arguments(out, **changes)])
 
 
-# A process that loads everything once and forks a child for each attempt. The child runs the same
-# command and kills itself with SIGKILL just before or just after the n-th file whose path contains
-# a given text is renamed into place.
-ATTEMPTS = """
-import os, signal, sys, json
-import ddb_fast.pipeline, ddb_fast.train  # not run yet: forking before any thread exists
-argv, kills = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-out = argv[argv.index("--out") + 1]
-for kill in [*kills, None]:
-    pid = os.fork()
-    if pid == 0:
-        if kill is not None:
-            text, number, when = kill
-            rename, seen = os.replace, [0]
-            def replace(source, target):
-                matches = text in os.path.relpath(target, out)
-                seen[0] += matches
-                hit = matches and seen[0] == number
-                if hit and when == "before":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                rename(source, target)
-                if hit:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            os.replace = replace
-        os._exit(ddb_fast.train.main(argv, prog="run"))
-    status = os.waitpid(pid, 0)[1]
-    print(kill, os.WIFSIGNALED(status) and os.WTERMSIG(status), os.WIFEXITED(status) and
-          os.WEXITSTATUS(status), flush=True)
-"""
+def kill_at(out: str, text: str, number: int, when: str) -> None:
+    """Have this process kill itself with SIGKILL before or after a file is renamed into place.
+
+    It is the `number`th of those whose path below `out` contains `text`.
+    """
+    rename, seen = os.replace, [0]
+
+    def replace(source, target):
+        matches = text in os.path.relpath(target, out)
+        seen[0] += matches
+        hit = matches and seen[0] == number
+        if hit and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+        if hit:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace
 
 
 def killed(argv: list[str], kills: list[tuple[str, int, str]]) -> None:
     """Run a command, killed as `kills` say (path's text, number, before or after), to its end."""
-    answer = run([sys.executable, "-c", ATTEMPTS, json.dumps(argv), json.dumps(kills)])
-    lines = [line for line in answer.stdout.splitlines() if line.startswith(("[", "None"))]
-    assert lines[-1] == "None False 0", answer.stderr
-    for kill, line in zip(kills, lines, strict=False):
-        assert line == f"{list(kill)} 9 False", f"{line} for {kill}: {answer.stderr[-2000:]}"
+    out = argv[argv.index("--out") + 1]
+    for kill in kills:
+        answer = forked(["run", *argv], before=functools.partial(kill_at, out, *kill))
+        assert answer.returncode == -signal.SIGKILL, f"{kill}: {answer.stderr[-2000:]}"
+    answer = forked(["run", *argv])
+    assert answer.returncode == 0, answer.stderr
 
 
 def results(out: Path) -> dict:

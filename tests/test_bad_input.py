@@ -1,10 +1,10 @@
 """What a person can get wrong: one clear line on standard error, exit 2, and nothing lost."""
 
 import fcntl
+import functools
 import importlib.util
-import os
+import resource
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -315,23 +315,15 @@ def test_synthetic_images_of_other_classes(capsys, tmp_path):
 def test_an_authors_checkpoint_that_is_none(tmp_path):
     path = tmp_path / "x.pt"
     torch.save(nn.Linear(2, 2).state_dict(), path)  # noqa: TID251
-    command = [
-        sys.executable,
-        "-m",
-        "ddb_fast.cli",
-        "import",
-        str(path),
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    answer = small.run(command)
+    command = ["import", str(path), "--out", str(tmp_path / "o")]
+    answer = small.forked(command)
     assert answer.returncode == 2 and len(answer.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("command", [[], ["nothing"], ["data", "absent"], ["import"]])
 def test_a_wrong_command(command):
-    answer = small.run([sys.executable, "-m", "ddb_fast.cli", *command])
+    answer = small.forked(command)
     assert answer.returncode == 2
     assert "Traceback" not in answer.stderr
 
@@ -339,13 +331,12 @@ def test_a_wrong_command(command):
 def test_a_full_disk_keeps_what_is_complete(tmp_path):
     """The process may write files of 100 KiB at most: the generator's weights do not fit."""
     out = tmp_path / "out"
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}));"
-    code = limit.format(100 * 1024) + "from ddb_fast.cli import main; sys.exit(main(sys.argv[1:]))"
     command = ["run", *small.arguments(out, diffusion__images="64")]
-    answer = small.run([sys.executable, "-c", code, *command], TMPDIR=str(tmp_path))
+    small_files = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100 * 1024,) * 2)
+    answer = small.forked(command, before=small_files, TMPDIR=str(tmp_path))
     assert answer.returncode == 2, answer.stderr
     assert "Traceback" not in answer.stderr
     assert "model.safetensors" in answer.stderr or "images" in answer.stderr
     assert not list(out.rglob("*.part")) and not (out / "results.json").exists()
-    again = small.run([sys.executable, "-m", "ddb_fast.cli", *command], **os.environ)
+    again = small.forked(command)
     assert again.returncode == 0, again.stderr

@@ -15,13 +15,11 @@ import ast
 import csv
 import functools
 import importlib
-import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +59,7 @@ SHORT |= {"diffusion.images": "128", "amplifier.images": "320", "classifier.imag
 # which single runs show.
 SHORTEN = """
 given = {{word.split("=")[0] for word in words if word.startswith("--")}}
-if name == "launch":
-    words = words[2:]  # -m ddb_fast.train
-elif words[:1] in (["run"], ["sweep"]) and not given & {{"--help", "--dry-run"}}:
+if words[:1] in (["run"], ["sweep"]) and not given & {{"--help", "--dry-run"}}:
     embedded = words[1] == "digits" and not given & {{"--data", "--data.path", "--rho"}}
     loaded = tuple(
         section for option, section in
@@ -128,22 +124,10 @@ def run_page(page: Path, folder: Path, bin: Path) -> None:
 def bin(tmp_path_factory):
     """A folder with a `ddb-fast` that hands everything on to the real one, with short lengths."""
     folder = tmp_path_factory.mktemp("bin")
-    modules = {"ddb-fast": "ddb_fast.cli", "launch": "ddb_fast.train"}
-    with tempfile.TemporaryDirectory() as short:  # the names of sockets may not be long
-        address = f"{short}/socket"
-        before = SHORTEN.format(short=SHORT, launch=str(folder / "launch"))
-        text = fork_server.CLIENT.format(python=sys.executable, before=before, address=address)
-        for name in modules:
-            (folder / name).write_text(text)
-            (folder / name).chmod(0o755)
-        command = [sys.executable, fork_server.__file__, address, json.dumps(modules)]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
-        try:
-            assert server.stdout.readline() == b"ready\n"
-            yield folder
-        finally:
-            server.kill()
-            server.wait()
+    with fork_server.executables(
+        folder, SHORTEN.format(short=SHORT, launch=str(folder / "launch"))
+    ):
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import sys
 from collections import Counter
 
 import numpy as np
@@ -229,12 +228,10 @@ def test_kill_9_between_and_within_the_phases_gives_the_same_numbers(tmp_path):
 
 @pytest.mark.timeout(600)
 def test_two_ranks_finish_every_baseline(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = small.arguments(
         tmp_path, methods=BASELINES, seeds="0", classifier__images="640", amplifier__images="640"
     )
-    command = [*torchrun, "ddb_fast/train.py", *words]
-    answer = small.run(command, cwd=small.ROOT, ACCELERATE_USE_CPU="1")
+    answer = small.ranks(2, ["run", *words])
     assert answer.returncode == 0, answer.stderr
     assert "2 x cpu" in answer.stderr
     results = small.results(tmp_path)

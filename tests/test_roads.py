@@ -23,6 +23,10 @@ SHORT = {
     for name, value in small.FIELDS.items()
     if name.startswith(("amplifier.", "classifier.", "sampling."))
 } | {"seeds": "0", "threads": "1", "precision": "fp32", "progress": "false"}
+SHORT |= {"amplifier.images": "640", "classifier.images": "640"}
+GENERATOR = {k.replace(".", "__"): v for k, v in small.FIELDS.items() if k.startswith("diffusion.")}
+GENERATOR |= {"diffusion__images": "128"}
+"""A smaller network than the preset's, too."""
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +83,7 @@ def test_a_folder_of_ones_own_needs_no_option_but_its_path(two_digits, tmp_path,
 def test_a_table_with_bias_labels_takes_true_groups_and_then_grows(two_digits, tmp_path):
     out = tmp_path / "out"
     command = ["tiny", "--data", two_digits / "table.csv", "--out", out]
-    short = {"diffusion__images": "128", "methods": "erm group-dro"}
+    short = {**GENERATOR, "methods": "erm group-dro", "audit": "false"}
     assert run(*command, **short) == 0
     assert not (out / "diffusion").exists(), "neither method needs the amplifier"
     first = json.loads((out / "results.json").read_text())
@@ -106,7 +110,7 @@ def test_a_table_with_bias_labels_takes_true_groups_and_then_grows(two_digits, t
 def test_the_audit_alone_trains_no_classifier_and_then_grows(two_digits, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["tiny", "--data", two_digits, "--out", out]
-    short = {"diffusion__images": "128", "methods": "none"}
+    short = {**GENERATOR, "methods": "none"}
     assert run(*command, **short) == 0
     assert "| method" not in capsys.readouterr().out
     assert not (out / "classifiers").exists()

@@ -1,7 +1,6 @@
 """The studies behind the documentation's tables, on a short run: what they write, what it says."""
 
 import json
-import sys
 
 import amplification
 import epochs
@@ -84,11 +83,11 @@ def colored_run(tmp_path_factory):
             content = bytes((0, 0, 8, array.ndim)) + sizes + array.astype(np.uint8).tobytes()
             (folder / f"{part}-{name}-ubyte").write_bytes(content)
     out = folder / "run"
-    words = ["colored-mnist", "--data", str(folder), "--out", str(out), "--methods", "erm"]
+    words = ["run", "colored-mnist", "--data", str(folder), "--out", str(out), "--methods", "erm"]
     fields = {"data.validation_share": "0.2", "data.rho": "0.9", "classifier.images": "512"}
     for name, value in {**fields, "threads": "1", "progress": "false", "seeds": "0"}.items():
         words += [f"--{name}", value]
-    answer = small.run([sys.executable, "-m", "ddb_fast.cli", "run", *words])
+    answer = small.forked(words)
     assert answer.returncode == 0, answer.stderr
     return out
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fork_server
 import small
 from ddb_fast import cli
 from ddb_fast.compare import read_run
@@ -25,10 +26,6 @@ SHORT = {
     "classifier__images": "640",
     "methods": "erm ddb-ii",
 }
-
-
-def sweep(*words):
-    return small.run([sys.executable, "-m", "ddb_fast.cli", "sweep", *map(str, words)])
 
 
 def planned(*words):
@@ -130,12 +127,14 @@ def swept(tmp_path_factory):
         f"""#!/bin/sh
         case "$*" in *refused-rho0.9*) echo "launcher: not today" >&2; echo ---- >&2; exit 3;; esac
         case "$*" in *refused-rho0.1*) kill -KILL $$;; esac
-        exec {sys.executable} "$@"
+        exec {out.parent}/launch "$@"
         """
     )
     launcher.chmod(0o755)
     words = small.arguments(out, **SHORT)
-    return out, sweep(refused, *words, "--do-no-harm", "--launch", launcher)
+    words = ["sweep", str(refused), *words, "--do-no-harm", "--launch", str(launcher)]
+    with fork_server.executables(out.parent):
+        return out, small.forked(words)
 
 
 def test_a_failing_run_is_one_line_and_the_others_go_on(swept):
