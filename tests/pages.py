@@ -17,7 +17,7 @@ import small
 from ddb_fast import cli
 from ddb_fast.train import main as train_main
 
-CHECKED = {"gpu", "cluster", "data", "account"}
+CHECKED = {"gpu", "cluster", "data", "account", "slow"}
 """Tags of blocks that need what is not here: they are checked, not run."""
 TAGS = {"sh": {"setup", *CHECKED}, "python": {"fragment", *CHECKED}}
 LANGUAGES = {"sh", "python", "text", "json", "csv", "html"}

@@ -1,8 +1,8 @@
 """Every command and example of the documentation is run or parsed, and every link is followed.
 
 A fenced block's info string says what happens to it. `sh`: run by bash, in the page's order, in one
-folder, with the lengths of `SHORT` where the page names none; `sh gpu`, `sh cluster`, `sh data`,
-`sh account`: not run here, each command is checked; `sh setup`: targets of the Makefile and pip.
+folder, with the lengths of `SHORT` where the page names none; `sh gpu`, `cluster`, `data`, `slow`,
+`account`: not run here, each command is checked; `sh setup`: targets of the Makefile and pip.
 `python`: run after the page's commands, as one script in the same folder; with a tag, such as
 `python fragment`, a part of somebody's program: compiled, its imports made. Other languages are
 for the eye.
