@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--part", choices=parts)
     what.add_argument("--merge", type=Path, metavar="DIR", help="folder of measured rows")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where rows are kept")
-    parser.add_argument("--share", metavar="I/N", help="every Nth item from the Ith on")
+    parser.add_argument("--share", metavar="I/N", default="1/1", help="every Nth item from the Ith")
     parser.add_argument("--warm", action="store_true", help="compile only")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="when a part ends")
     given = parser.parse_args(argv)
@@ -86,15 +86,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if given.out is None:
             parser.error("--part needs --out")
-        share = tuple(map(int, (given.share or "1/1").split("/")))
-        if len(share) != 2 or not 1 <= share[0] <= share[1]:
-            raise ValueError(f"--share {given.share} is not I/N with I from 1 to N")
+        share = _share(given.share)
         with measure.untimed() if given.warm else nullcontext():
             name = f"{given.part}-warm" if given.warm else given.part
             return run(given.part, given.out, given.seconds, share=share, name=name)
     except ValueError as error:
         print(f"suite.py: {error}", file=sys.stderr)
         return 2
+
+
+def _share(text: str) -> tuple[int, int]:
+    first, _, shares = text.partition("/")
+    if not (first.isdecimal() and shares.isdecimal() and 1 <= int(first) <= int(shares)):
+        raise ValueError(f"--share {text} is not I/N with I from 1 to N")
+    return int(first), int(shares)
 
 
 def run(part: str, out: Path, seconds: float, *, share: tuple[int, int], name: str) -> int:

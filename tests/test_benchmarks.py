@@ -10,6 +10,7 @@ import aligned
 import closeness
 import contenders
 import correctness
+import measure
 import merge
 import networks
 import peak_memory
@@ -19,6 +20,7 @@ import scaling
 import shapes
 import speed
 import suite
+import swapped
 import torch
 import tune
 from accelerate.state import AcceleratorState
@@ -587,3 +589,48 @@ def test_the_part_cpu_writes_rows_and_winners(tmp_path, monkeypatch, quick):
     winners = json.loads(path.read_text())["winners"]["group_norm"]
     assert len(winners) == 8
     assert set(winners.values()) <= {"native", "torch"}
+
+
+def test_shares_of_a_part_make_it_up(tmp_path, monkeypatch, capsys):
+    """Every item in one share, files of their own, one page; a warm-up leaves no figures."""
+    monkeypatch.setattr(
+        suite, "items", lambda *_: ((f"case {i}", partial(dict, ok=True, n=i)) for i in range(7))
+    )
+    for share in ("1/3", "2/3", "3/3"):
+        words = ["--part", "scaling", "--out", str(tmp_path), "--share", share]
+        assert suite.main(words) == 0
+    sizes = [len(rows.read(tmp_path / f"scaling-{i}-of-3.jsonl")[1]) for i in (1, 2, 3)]
+    assert sizes == [3, 2, 2]
+    assert suite.main([*words[:-2], "--warm"]) == 0
+    assert (tmp_path / "scaling-warm.jsonl").exists()
+    monkeypatch.setitem(merge._TABLES, "scaling", lambda found: str(sorted(r["n"] for r in found)))
+    (path,) = merge.merge(tmp_path, "", tmp_path / "results")
+    assert path.read_text().endswith("[0, 1, 2, 3, 4, 5, 6]")
+    capsys.readouterr()
+    for share in ("0/3", "4/3", "1/2/3", "a/b"):
+        assert suite.main([*words[:-1], share]) == 2
+        assert share in capsys.readouterr().err
+
+
+def test_what_is_not_to_be_timed_is_called_once():
+    called = []
+    with measure.untimed():
+        timing = measure.timed(CPU, lambda i: partial(called.append, i), 3)
+        assert math.isnan(speed.norm_off(SHAPE, (), None, {}, "both"))
+    assert called == [0] and math.isnan(timing.median)
+    assert measure.timed(CPU, lambda i: partial(called.append, i), 1).median > 0
+
+
+def test_another_librarys_network_is_timed_with_and_without_ours():
+    pytest.importorskip("diffusers")
+    small = dict(
+        block_out_channels=(16, 32), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    found = [swapped._row(CPU, way, 2, 8, **small) for way in ("plain", "optimize")]
+    for row in found:
+        assert row["images/s"] == pytest.approx(2 / (row["ms"] / 1e3))
+    text = merge.page(HERE, "step", found, "")
+    assert "| diffusers UNet2DModel | optimize | 2 |" in text
+    assert next(key for key, _ in swapped.items(CPU)) == "step diffusers UNet2DModel plain 32"
