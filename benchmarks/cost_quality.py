@@ -35,40 +35,37 @@ Changes = dict[str, str | int | float]
 """Of a preset: sampler, steps, guidance_scale; length: of the generator's, in the preset's."""
 
 
-def every(**levels: tuple) -> list[Changes]:
-    """One factor at all its levels: a point a level."""
-    return [{name: level} for name, values in levels.items() for level in values]
-
-
-def cross(fixed: Changes, **levels: tuple) -> list[Changes]:
-    """The same with other factors fixed."""
-    return [fixed | one for one in every(**levels)]
+def vary(fixed: Changes | None = None, **levels: tuple) -> list[Changes]:
+    """One factor at a time through its levels, beside what is fixed: a point a level."""
+    return [(fixed or {}) | {name: level} for name, values in levels.items() for level in values]
 
 
 SCALES = (1.0, 1.5, 3.0, 5.0)
 MAPS: dict[str, list[Changes]] = {
     "full": [
         {},
-        *every(steps=(5, 10), guidance_scale=SCALES, length=(0.125, 0.25, 0.5)),
-        *cross({"length": 0.125}, guidance_scale=SCALES),
-        *cross({"steps": 5}, guidance_scale=SCALES),
-        *cross({"sampler": "unipc"}, steps=(5, 10, 20)),
-        *cross({"sampler": "ddim"}, steps=(5, 10, 20, 50)),
-        *cross({"length": 0.25}, guidance_scale=(1.0, 3.0), steps=(10,)),
-        *every(steps=(15, 50), length=(0.0625,)),
-        *cross({"sampler": "unipc"}, steps=(15,)),
-        *cross({"sampler": "ddpm"}, steps=(50, 250)),
-        *every(length=(2.0,)),
+        *vary(steps=(5, 10), guidance_scale=SCALES, length=(0.125, 0.25, 0.5)),
+        *vary({"length": 0.125}, guidance_scale=SCALES),
+        *vary({"steps": 5}, guidance_scale=SCALES),
+        *vary({"sampler": "unipc"}, steps=(5, 10, 20)),
+        *vary({"sampler": "ddim"}, steps=(5, 10, 20, 50)),
+        *vary({"length": 0.25}, guidance_scale=(1.0, 3.0), steps=(10,)),
+        *vary({"length": 0.5}, guidance_scale=(1.0, 1.5), steps=(10,)),
+        *vary(length=(0.0625,)),
+        *vary({"sampler": "ddpm"}, steps=(50, 250)),
+        *vary(steps=(15, 50)),
+        *vary({"sampler": "unipc"}, steps=(15,)),
+        *vary(length=(2.0,)),
     ],
     "few": [
-        *every(length=(0.125, 0.25)),
-        *cross({"length": 0.125}, guidance_scale=(1.0, 3.0)),
-        *cross({"length": 0.25}, guidance_scale=(1.0,), steps=(10,)),
-        *every(length=(0.5,)),
         {},
-        *every(steps=(5, 10), guidance_scale=(1.0, 3.0)),
-        *cross({"sampler": "unipc"}, steps=(10,)),
-        *cross({"steps": 5}, guidance_scale=(1.0,)),
+        *vary(steps=(10,), length=(0.25,), guidance_scale=(1.0,)),
+        *vary({"length": 0.25}, steps=(10,), guidance_scale=(1.0,)),
+        *vary(length=(0.125,), steps=(5,), guidance_scale=(3.0,)),
+        *vary({"length": 0.125}, guidance_scale=(1.0,)),
+        *vary({"sampler": "unipc"}, steps=(10,)),
+        *vary(length=(0.5,)),
+        *vary({"length": 0.5}, steps=(10,)),
     ],
 }
 """The most telling points come first."""
@@ -77,15 +74,11 @@ FIGURES = ("auroc", "precision", "recall")
 
 @contextmanager
 def timed(seconds: dict[str, dict[str, float]], stage: str) -> Iterator[None]:
-    """Add the stage's CPU and wall seconds to those in `seconds`."""
+    """Put the CPU and wall seconds of a stage into `seconds`."""
     began = time.process_time(), time.perf_counter()
     yield
-    spent = time.process_time() - began[0], time.perf_counter() - began[1]
-    before = seconds.get(stage, {"cpu": 0.0, "wall": 0.0})
-    seconds[stage] = {
-        name: round(before[name] + value, 2)
-        for name, value in zip(("cpu", "wall"), spent, strict=True)
-    }
+    cpu, wall = time.process_time() - began[0], time.perf_counter() - began[1]
+    seconds[stage] = {"cpu": round(cpu, 2), "wall": round(wall, 2)}
 
 
 def trained_generator(context: Context, images: int) -> tuple[Path, dict[str, float]]:
@@ -160,15 +153,15 @@ def table(rows: list[dict]) -> str:
         "|---" * 12 + "|",
     ]
 
-    def shown(values: list[float]) -> str:
-        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{fmean(values):.3f}{spread}" if values else "undefined"
+    def shown(values: list[float], digits: int) -> str:
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{fmean(values):.{digits}f}{spread}" if values else "undefined"
 
     for row in rows:
         share, low, high = (100 * row[name] for name in ("aligned_share", "low", "high"))
         cells = [row["preset"], row["sampler"], row["steps"], f"{row['guidance_scale']:g}",
                  f"{row['images']:,}", f"{share:.1f} ({low:.1f}-{high:.1f})"]  # fmt: skip
-        cells += [shown(known(row, name)) for name in FIGURES]
+        cells += [shown(known(row, name), 4 if name == "auroc" else 3) for name in FIGURES]
         cells += [f"{seconds:.0f}" for seconds in core_seconds(row)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
