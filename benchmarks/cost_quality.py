@@ -70,6 +70,7 @@ MAPS: dict[str, list[Changes]] = {
 }
 """The most telling points come first."""
 FIGURES = ("auroc", "precision", "recall")
+TICKS = [n * 10**power for power in range(4) for n in (1, 2, 5)]
 
 
 @contextmanager
@@ -141,8 +142,9 @@ def core_seconds(row: dict) -> tuple[float, float, float]:
 
 
 def known(row: dict, figure: str) -> list[float]:
-    """A figure's values, a seed each, where it is defined."""
-    return [value for value in row[figure] if value is not None]
+    """A figure's values, a seed each, where it is defined; the aligned share has one."""
+    values = row[figure] if isinstance(row[figure], list) else [row[figure]]
+    return [value for value in values if value is not None]
 
 
 def table(rows: list[dict]) -> str:
@@ -167,51 +169,47 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def family(row: dict) -> str:
-    """What a point varies, in words: the line that it belongs to in the plot."""
-    changed = row["changed"]
-    if "length" in changed:
-        return "shorter or longer training" if changed == ["length"] else "and other scale or steps"
-    if "guidance_scale" in changed:
-        return "guidance scale" if len(changed) == 1 else "few steps and other scale"
-    return f"steps of {row['sampler']}"
+MARKERS = {"dpm-solver-pp-2m": "o", "unipc": "^", "ddim": "s", "ddpm": "D"}
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """A row a data set, a column a figure, over the core seconds of all three stages."""
+    """A row a data set, a column a figure, over core seconds; bars: 95 %, or the seeds' range."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     presets = list(dict.fromkeys(row["preset"] for row in rows))
-    families = sorted({family(row) for row in rows if row["changed"]})
-    figure = Figure(figsize=(14, 4 * len(presets)), layout="constrained")
+    scales = sorted({row["guidance_scale"] for row in rows})
+    figure = Figure(figsize=(14, 3.6 * len(presets) + 0.5), layout="constrained")
     grid = figure.subplots(len(presets), 1 + len(FIGURES), squeeze=False)
     for preset, panels in zip(presets, grid, strict=True):
         own = [row for row in rows if row["preset"] == preset]
         for panel, name in zip(panels, ("aligned_share", *FIGURES), strict=True):
             for row in own:
-                values = [row[name]] if name == "aligned_share" else known(row, name)
+                values = known(row, name)
                 if not values:
                     continue
-                y = fmean(values)
-                ends = (row["low"], row["high"]) if name == "aligned_share" else (
-                    min(values), max(values))  # fmt: skip
-                kind = families.index(family(row)) if row["changed"] else None
-                panel.errorbar(
-                    sum(core_seconds(row)), y, [[y - ends[0]], [ends[1] - y]], capsize=2, lw=0.8,
-                    **({"color": "black", "marker": "*", "ms": 13, "label": "preset", "zorder": 3}
-                       if kind is None else
-                       {"color": f"C{kind}", "marker": "osD^vPX<>"[kind % 9], "ms": 5,
-                        "label": families[kind]}),
-                )  # fmt: skip
+                low, y, high = min(values), fmean(values), max(values)
+                if name == "aligned_share":
+                    low, high = row["low"], row["high"]
+                x, colour = sum(core_seconds(row)), f"C{scales.index(row['guidance_scale'])}"
+                panel.errorbar(x, y, [[y - low], [high - y]], color=colour, lw=0.8, capsize=2,
+                               marker=MARKERS[row["sampler"]], ms=5, alpha=0.8)  # fmt: skip
+                if not row["changed"]:
+                    panel.plot(x, y, "*", color="black", ms=13, zorder=3)
             if name == "aligned_share":
                 panel.axhline(own[0]["real_aligned_share"], color="grey", lw=0.8, ls=":")
-            panel.set(title=f"{preset}: {name.replace('_', ' ')}", xscale="log",
-                      xlabel="core seconds: generator, sampling, amplifier",
-                      ylabel="share of 1" if name != "auroc" else "AUROC")  # fmt: skip
-    labels = {}
-    for panel in figure.axes:
-        labels |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=5)
+            label = "AUROC" if name == "auroc" else name.replace("_", " ")
+            panel.set(title=preset, xlabel="core seconds", ylabel=label, xscale="log")
+            low, high = panel.get_xlim()
+            panel.set_xticks([seconds for seconds in TICKS if low < seconds < high])
+            panel.minorticks_off()
+            panel.xaxis.set_major_formatter("{x:g}")
+    shown = [Line2D([], [], color="black", marker="*", ms=13, ls="", label="preset's setting")]
+    shown += [Line2D([], [], color=f"C{number}", lw=4, label=f"scale {scale:g}")
+              for number, scale in enumerate(scales)]  # fmt: skip
+    shown += [Line2D([], [], color="grey", marker=MARKERS[name], ls="", label=name)
+              for name in dict.fromkeys(row["sampler"] for row in rows)]  # fmt: skip
+    figure.legend(handles=shown, loc="outside lower center", ncols=len(shown))
     figure.savefig(path, dpi=110)
 
 
