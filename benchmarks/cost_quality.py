@@ -61,11 +61,10 @@ MAPS: dict[str, list[Changes]] = {
         {},
         *vary(steps=(10,), length=(0.25,), guidance_scale=(1.0,)),
         *vary({"length": 0.25}, steps=(10,), guidance_scale=(1.0,)),
-        *vary(length=(0.125,), steps=(5,), guidance_scale=(3.0,)),
-        *vary({"length": 0.125}, guidance_scale=(1.0,)),
+        *vary(length=(0.5,), steps=(5,), guidance_scale=(3.0,)),
+        *vary({"length": 0.5}, steps=(10,), guidance_scale=(1.0,)),
         *vary({"sampler": "unipc"}, steps=(10,)),
-        *vary(length=(0.5,)),
-        *vary({"length": 0.5}, steps=(10,)),
+        *vary(length=(0.125,)),
     ],
 }
 """The most telling points come first."""
