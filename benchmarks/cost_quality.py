@@ -69,7 +69,7 @@ MAPS: dict[str, list[Changes]] = {
 }
 """The most telling points come first."""
 FIGURES = ("auroc", "precision", "recall")
-TICKS = [n * 10**power for power in range(4) for n in (1, 2, 5)]
+TICKS = [n * 10**power for power in range(4) for n in (1, 2, 3, 5, 7)]
 
 
 @contextmanager
