@@ -110,11 +110,8 @@ def measure(context: Context, generator: Path, point: Changes, seeds: list[int])
         images = folder / "images.safetensors"
         tensors, _ = checkpoint.load_tensors(images)
         for seed in seeds:
-            own, at = (
-                replace(context, config=replace(context.config, seed=seed)),
-                folder / f"{seed}",
-            )
-            spent = {}
+            own = replace(context, config=replace(context.config, seed=seed))
+            at, spent = folder / f"{seed}", {}
             with timed(spent, "amplifier"):
                 train_amplifier(own, images, at, at / "checkpoint.safetensors")
             network, _, _ = load_classifier(at / "model.safetensors")
