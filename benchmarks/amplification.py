@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
-from finished import open_run, read_rows, start, write_rows
+from finished import aligned_share, open_run, read_rows, start, write_rows
 
 from ddb_fast.diffusion.generate import generate_batch, plan
 from ddb_fast.diffusion.schedule import make_schedule
 from ddb_fast.generator import load_diffusion
-from ddb_fast.metrics import wilson_interval
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 
@@ -51,20 +50,14 @@ def measure(context, run: Path, *, scale: float, count: int) -> dict:
                     pad_to=config.sampling.batch_size,
                 )
             )
-    groups = data.groups("train")
-    real = groups.bias_aligned.double().mean().item()
-    a = data.bias_of(torch.cat(images))
-    aligned = int(groups.with_labels(labels[:count], a).bias_aligned.sum())
-    low, high = wilson_interval(aligned, count)
+    real = data.groups("train").bias_aligned.double().mean().item()
     return {
         "dataset": data.name,
         "rho": config.data.rho,
         "real_aligned_share": real,
         "guidance_scale": scale,
         "images": count,
-        "aligned_share": aligned / count,
-        "low": low,
-        "high": high,
+        **aligned_share(data, torch.cat(images), labels[:count]),
         "diffusion_images": diffusion.images,
         "sampler": f"{config.sampling.sampler}, {config.sampling.steps} steps",
     }

@@ -1,4 +1,4 @@
-"""A finished run's configuration, data and models, for studies that go on from it."""
+"""What studies share: a run's configuration and data, what they judge, the rows they write."""
 
 import json
 from dataclasses import replace
@@ -6,11 +6,16 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ddb_fast.config import RunConfig, from_json
 from ddb_fast.context import Context
-from ddb_fast.data.sources import open_listing
-from ddb_fast.data.store import open_images
+from ddb_fast.data.store import ImageData
+from ddb_fast.metrics import auroc, precision_recall, wilson_interval
+from ddb_fast.pipeline import read_data
+from ddb_fast.recipes import pseudo_groups
+from ddb_fast.scoring import logits_of
 from ddb_fast.trackers import RunLog
 from ddb_fast.train import choose_precision
 
@@ -37,17 +42,57 @@ def open_run(run: Path, accelerator: Accelerator) -> Context:
     Only the cache of decoded images is written, where it is gone. ValueError if it is no run or its
     data has changed.
     """
-    config = replace(read_config(run), out=str(run), progress=False)
-    listing = open_listing(config.data)
-    data = open_images(
-        listing,
-        image_size=config.diffusion.image_size,
-        cache_size=config.data.cache_size,
-        cache_dir=run / "cache",
-        corrupt=config.data.corrupt,
-        progress=False,
-    )
+    return open_context(replace(read_config(run), out=str(run)), accelerator)
+
+
+def open_context(config: RunConfig, accelerator: Accelerator) -> Context:
+    """What the stages of a run of this configuration are given; decoded images go to `out`."""
+    config = replace(config, progress=False)
+    data = read_data(config, Path(config.out))
     return Context(config=config, accelerator=accelerator, data=data, log=RunLog(accelerator, None))
+
+
+def aligned_share(data: ImageData, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Share of bias-aligned images, read off the pixels by `bias_of`; its 95 % Wilson interval."""
+    a = data.bias_of(images)
+    aligned = int(data.groups("train").with_labels(labels, a).bias_aligned.sum())
+    low, high = wilson_interval(aligned, len(labels))
+    return {"aligned_share": aligned / len(labels), "low": low, "high": high}
+
+
+def judge_amplifier(
+    context: Context, network: nn.Module, chosen: Tensor | None = None
+) -> dict[str, float]:
+    """AUROC, precision and recall of an amplifier's pseudo labels of training images; NaN if none.
+
+    chosen: numbers of the images; all without. The bias labels are compared with, never used.
+    ValueError for data without.
+    """
+    data, rules = context.data, context.config.pseudo_labels
+    train, groups = data.splits["train"], data.groups("train")
+    if groups is None:
+        raise ValueError(f"{data.name} has no bias labels to compare with")
+    chosen = torch.arange(len(train)) if chosen is None else chosen
+    images, labels = train.small[chosen], train.y[chosen]
+    conflicting, config = ~groups.bias_aligned[chosen], context.config.amplifier
+    logits = logits_of(network, images, config, device=context.device, crop=False)
+    verdict = pseudo_groups(
+        F.cross_entropy(logits.double(), labels, reduction="none"),
+        logits.argmax(1),
+        labels,
+        len(data.classes),
+        gamma=rules.gamma,
+        stats_over=rules.stats_over,
+        filter=rules.filter,
+    )
+    precision, recall = precision_recall(verdict.conflicting, conflicting)
+    correct = logits.argmax(1) == labels
+    return {
+        "auroc": auroc(verdict.score, conflicting),
+        "precision": precision,
+        "recall": recall,
+        "conflicting_accuracy": correct[conflicting].double().mean().item(),
+    }
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

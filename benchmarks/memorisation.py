@@ -12,29 +12,25 @@ import argparse
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from finished import open_run, read_rows, start, write_rows
-from torch import nn
-from torch.nn import functional as F
+from finished import judge_amplifier, open_run, read_rows, start, write_rows
 
 from ddb_fast import checkpoint
 from ddb_fast.classification import first_network, train_classifier
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.engine import Selection
-from ddb_fast.metrics import auroc, null, precision_recall
-from ddb_fast.recipes import ERM, pseudo_groups
-from ddb_fast.scoring import logits_of
+from ddb_fast.metrics import null
+from ddb_fast.recipes import ERM
 
 
 def curve(context, source: str, *, images: int, looks: int, scored: int) -> list[dict]:
     """A row a look of the amplifier trained on `source`: synthetic or real."""
-    data, rules = context.data, context.config.pseudo_labels
+    data = context.data
     config = replace(context.config.amplifier, images=images, lr_schedule="constant")
-    train, groups = data.splits["train"], data.groups("train")
-    if groups is None:
-        raise ValueError(f"{data.name} has no bias labels to compare with")
+    train = data.splits["train"]
     if source == "real":
         pixels, y = train.small, train.y
     else:
@@ -43,30 +39,8 @@ def curve(context, source: str, *, images: int, looks: int, scored: int) -> list
         pixels, y = tensors["images"].permute(0, 2, 3, 1).contiguous(), tensors["labels"]
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:scored]
     chosen = chosen.sort().values
-    shown, labels, conflicting = train.small[chosen], train.y[chosen], ~groups.bias_aligned[chosen]
-
-    def figures(network: nn.Module) -> dict[str, float]:
-        logits = logits_of(network, shown, config, device=context.device, crop=False)
-        loss = F.cross_entropy(logits.double(), labels, reduction="none")
-        verdict = pseudo_groups(
-            loss,
-            logits.argmax(1),
-            labels,
-            len(data.classes),
-            gamma=rules.gamma,
-            stats_over=rules.stats_over,
-            filter=rules.filter,
-        )
-        precision, recall = precision_recall(verdict.conflicting, conflicting)
-        correct = logits.argmax(1) == labels
-        return {
-            "auroc": auroc(verdict.score, conflicting),
-            "precision": precision,
-            "recall": recall,
-            "conflicting_accuracy": correct[conflicting].double().mean().item(),
-        }
-
-    selection = Selection(figures, by="auroc", times=looks)
+    judge = partial(judge_amplifier, context, chosen=chosen)
+    selection = Selection(judge, by="auroc", times=looks)
     with tempfile.TemporaryDirectory() as folder:
         train_classifier(
             context,

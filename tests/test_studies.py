@@ -1,8 +1,10 @@
 """The studies behind the documentation's tables, on a short run: what they write, what it says."""
 
 import json
+import shutil
 
 import amplification
+import cost_quality
 import epochs
 import memorisation
 import numpy as np
@@ -69,6 +71,39 @@ def test_curves_of_both_amplifiers(run, tmp_path):
     assert all(0 <= row["auroc"] <= 1 and row["scored"] == 10_000 for row in rows)
     assert rows[0]["auroc"] != rows[3]["auroc"]
     assert out.with_suffix(".png").stat().st_size > 5000
+
+
+def test_cost_and_quality_of_the_runs_own_setting_and_others(run, tmp_path, monkeypatch, capsys):
+    """At the run's own setting, with its generator, its figures are found again."""
+    own = tmp_path / "work" / "digits" / "generator-3200"
+    shutil.copytree(run / "diffusion", own)
+    (own / "seconds.json").write_text(json.dumps({"cpu": 100.0, "wall": 200.0}))
+    points = [{}, {"guidance_scale": 1.0}, {"length": 0.1, "steps": 3}]
+    monkeypatch.setattr(cost_quality, "MAPS", {"full": points})
+    out = tmp_path / "map"
+    words = [str(run / "config.json"), "--work", str(tmp_path / "work"), "--out", str(out)]
+    words += ["--seeds", "0", "1"]
+    assert cost_quality.main(words) == 0
+    rows = json.loads(out.with_suffix(".json").read_text())
+    results = json.loads((run / "results.json").read_text())
+    # The run is fp32, the study takes what the machine has.
+    assert rows[0]["aligned_share"] == pytest.approx(
+        results["synthetic"]["aligned_share"], abs=0.05
+    )
+    assert rows[0]["auroc"][0] == pytest.approx(results["amplifier"]["auroc"], abs=0.05)
+    assert [row["changed"] for row in rows] == [[], ["guidance_scale"], ["length", "steps"]]
+    assert [row["images"] for row in rows] == [3200, 3200, 320]
+    assert all(len(row["recall"]) == len(row["seconds"]["amplifier"]) == 2 for row in rows)
+    assert rows[1]["seconds"]["training"] == {"cpu": 100.0, "wall": 200.0}
+    assert 0 < rows[2]["seconds"]["training"]["cpu"] < 50
+    lines = out.with_suffix(".md").read_text().splitlines()
+    assert len(lines) == 2 + len(rows) and " | 100 | " in lines[2]
+    assert out.with_suffix(".png").stat().st_size > 5000
+    written = out.with_suffix(".json").stat().st_mtime_ns
+    assert cost_quality.main(words) == 0
+    assert out.with_suffix(".json").stat().st_mtime_ns == written, "measured before"
+    assert cost_quality.main(["no-preset", *words[1:]]) == 2
+    assert "unknown preset" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
