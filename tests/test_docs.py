@@ -213,7 +213,7 @@ def test_every_command_is_documented():
 @pytest.mark.parametrize(
     ("page", "told"),
     [
-        ("# A\n```sh slow\ntrue\n```\n", "sh slow"),
+        ("# A\n```sh quick\ntrue\n```\n", "sh quick"),
         ("# A\n```\ntrue\n```\n", "''"),
         ("# A\n```sh\ntrue\n", "line 2: .* never closed"),
         ("# A\n````sh\ntrue\n```\n", "never closed"),
