@@ -38,7 +38,7 @@ _FEW = 2
 # Fields in which runs of one row may differ: rho is its columns, the others leave results as they
 # are or only say how many of them there are.
 _ASIDE = {
-    *("preset", "data.path", "data.rho", "out", "methods", "seeds", "threads", "tracker"),
+    *("preset", "data.path", "data.rho", "out", "methods", "seeds", "threads", "step", "tracker"),
     *("progress", "checkpoint_minutes", "checkpoint_images"),
 }
 

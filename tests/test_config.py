@@ -155,11 +155,15 @@ def test_stage_fields_change_only_what_depends_on_them():
     assert changed("dfr.draws", 3) == {"dfr"}
     assert changed("data.rho", 0.9) == everything
     free = ["methods", "seeds", "threads", "out", "data.path", "checkpoint_minutes", "progress"]
-    free += ["audit"]
+    free += ["audit", "step"]
     for field in free:
-        value = {"methods": "erm", "seeds": "7", "progress": "false", "audit": "false"}.get(
-            field, "3"
-        )
+        value = {
+            "methods": "erm",
+            "seeds": "7",
+            "progress": "false",
+            "audit": "false",
+            "step": "eager",
+        }.get(field, "3")
         assert changed(field, value) == set(), field
 
 
