@@ -188,6 +188,8 @@ def plot(rows: list[dict], path: Path) -> None:
                 low, y, high = min(values), fmean(values), max(values)
                 if name == "aligned_share":
                     low, high = row["low"], row["high"]
+                # The mean of equal values may be rounded past them.
+                low, high = min(low, y), max(high, y)
                 x, colour = sum(core_seconds(row)), f"C{scales.index(row['guidance_scale'])}"
                 panel.errorbar(x, y, [[y - low], [high - y]], color=colour, lw=0.8, capsize=2,
                                marker=MARKERS[row["sampler"]], ms=5, alpha=0.8)  # fmt: skip
