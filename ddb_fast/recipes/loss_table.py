@@ -1,9 +1,14 @@
 """A running loss for every training sample, the same on every rank."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ddb_fast.recipes.distributed import gather_over_ranks
+
+# Of this size a step costs least; of others hardly more.
+_BATCH = 64
 
 EPS = 1e-8
 """What LfF adds to denominators, so that 0 / 0 is 0."""
@@ -34,9 +39,16 @@ class LossTable(nn.Module):
         if not 0 <= moving_average < 1:
             raise ValueError(f"moving_average must be in [0, 1), got {moving_average}")
         self.num_classes, self.moving_average = num_classes, moving_average
-        self.register_buffer("y", y, persistent=False)
         self.register_buffer("loss", torch.zeros(len(y), device=y.device))
         self.register_buffer("visited", torch.zeros(len(y), dtype=torch.bool, device=y.device))
+        # The largest loss of a class changes with every step, up and down. So that a step's cost
+        # grows with the root of the set only, maxima are kept of blocks of samples of one class.
+        block_of, members, block_class = _blocks(y, size=max(1, math.isqrt(len(y) // _BATCH)))
+        self.register_buffer("block_of", block_of, persistent=False)
+        self.register_buffer("members", members, persistent=False)
+        self.register_buffer("block_class", block_class, persistent=False)
+        self.register_buffer("block_maximum", torch.zeros_like(self.loss[members[:, 0]]), False)
+        self.register_load_state_dict_post_hook(LossTable._measure_blocks)
 
     def update(self, index: Tensor, losses: Tensor) -> Tensor:
         """Enter the losses (n,) of samples `index` (n,) of every rank; return this rank's averages.
@@ -48,8 +60,34 @@ class LossTable(nn.Module):
         average = keep * self.loss[visits] + (1 - keep) * new
         self.loss.scatter_reduce_(0, visits, average.to(self.loss), "amax", include_self=False)
         self.visited.index_fill_(0, visits, True)
+        # A block that stands there twice is given the same value twice.
+        blocks = self.block_of[visits]
+        self.block_maximum.index_copy_(0, blocks, self.loss[self.members[blocks]].amax(1))
         return self.loss[index]
+
+    def _measure_blocks(self, _: object = None) -> None:
+        self.block_maximum.copy_(self.loss[self.members].amax(1))
 
     def class_maximum(self) -> Tensor:
         """Return the largest running loss of each class, (num_classes,), at least EPS."""
-        return largest_per_class(self.loss, self.y, num_classes=self.num_classes)
+        return largest_per_class(self.block_maximum, self.block_class, num_classes=self.num_classes)
+
+
+def _blocks(y: Tensor, *, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut the samples of each class into blocks of at most `size`.
+
+    Returns the block of each sample, (N,), the samples of each block, (B, size), where the first
+    fills up what is missing, and the class of each block, (B,).
+    """
+    order = y.argsort(stable=True)
+    classes, counts = y[order].unique_consecutive(return_counts=True)
+    blocks = (counts + size - 1) // size
+    first_sample, first_block = (n.cumsum(0) - n for n in (counts, blocks))
+    # Of each sample in that order: its class, and its place there.
+    own = torch.repeat_interleave(torch.arange(len(classes), device=y.device), counts)
+    place = torch.arange(len(y), device=y.device) - first_sample[own]
+    block = first_block[own] + place // size
+    starts = torch.arange(len(y), device=y.device)[place % size == 0]
+    members = order[starts].unsqueeze(1).repeat(1, size)
+    members[block, place % size] = order
+    return torch.empty_like(y).index_copy_(0, order, block), members, y[members[:, 0]]

@@ -58,6 +58,37 @@ def test_batches_agree_with_a_dictionary_in_any_order(batches, random):
         assert losses.loss[i].item() == pytest.approx(expected.get(i, 0.0), abs=1e-12)
 
 
+@pytest.mark.parametrize("count", (5, 63, 700))
+@pytest.mark.parametrize("num_classes", (1, 3, 20))
+def test_class_maxima_are_those_of_all_samples(count, num_classes):
+    """Step by step, up and down, repeats included, and after a checkpoint; some classes empty."""
+    generator = torch.Generator().manual_seed(count + num_classes)
+    y = torch.randint(num_classes, (count,), generator=generator)
+    losses = LossTable(y, num_classes=num_classes, moving_average=0.3)
+    for step in range(30):
+        index = torch.randint(count, (8,), generator=generator)
+        losses.update(index, 10 * torch.rand(8, generator=generator))
+        truth = largest_per_class(losses.loss, y, num_classes=num_classes)
+        assert torch.equal(losses.class_maximum(), truth)
+        if step == 10:
+            state, losses = losses.state_dict(), LossTable(y, num_classes=num_classes,
+                                                           moving_average=0.3)  # fmt: skip
+            losses.load_state_dict(state)
+            assert torch.equal(losses.class_maximum(), truth)
+
+
+def test_a_step_looks_at_the_root_of_the_set():
+    y = torch.arange(100_000) % 10
+    losses = LossTable(y, num_classes=10, moving_average=0.7)
+    blocks, size = losses.members.shape
+    assert 64 * size + blocks < 100_000 / 10
+    assert sorted(losses.members.unique().tolist()) == list(range(100_000))
+    assert torch.equal(y[losses.members], losses.block_class.unsqueeze(1).expand(-1, size))
+    block_of = losses.block_of.unsqueeze(1)
+    assert (losses.members[losses.block_of] == torch.arange(100_000).unsqueeze(1)).any(1).all()
+    assert (block_of >= 0).all() and (block_of < blocks).all()
+
+
 def test_largest_per_class_may_be_divided_by():
     values = torch.tensor([0.0, 0.0, 1.0, 7.0, 2.0])
     assert largest_per_class(values, Y, num_classes=4).tolist() == pytest.approx([EPS, 7, 2, EPS])
