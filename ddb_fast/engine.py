@@ -230,7 +230,7 @@ def fit(
             selection.best = checkpoint.select(tensors, "best")
             selection.curve = metadata["curve"]
         start, seconds = metadata["step"], metadata["seconds"]
-        if accelerator.scaler is not None:
+        if scaled:
             accelerator.scaler.load_state_dict(metadata["scaler"])
         logger.info("%s: continues after %d images", stage, start * size)
 
@@ -238,7 +238,7 @@ def fit(
     called = torch.compile(model) if step_mode == "compile" else model
     # Only loss scaling needs accelerate's wrapper, which searches the disk for a package at each
     # step: 0.4 ms, a tenth of a small classifier's.
-    step_optimizer = optimizer.step if accelerator.scaler is None else prepared.step
+    step_optimizer = prepared.step if scaled else optimizer.step
     model.train()
     steps = math.ceil((config.images if stop_at is None else stop_at) / size)
     began = saved_at = time.monotonic()
@@ -255,7 +255,7 @@ def fit(
         if selection is not None:
             tensors |= checkpoint.with_prefix("best", selection.best)
             metadata["curve"] = selection.curve
-        if accelerator.scaler is not None:
+        if scaled:
             metadata["scaler"] = accelerator.scaler.state_dict()
         checkpoint.save_tensors(checkpoints.path, tensors, metadata)
 
