@@ -19,16 +19,14 @@ class SmallCNN(nn.Module):
         super().__init__()
         channels = (in_channels, width, 2 * width, 2 * width, 2 * width)
         layers = []
-        for before, after in pairwise(channels):
+        for level, (before, after) in enumerate(pairwise(channels)):
+            layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after)]
             # Only the first convolution, cheap with its few input channels, runs at full size: a
-            # second one there doubles the time on a CPU. Strides in place of pooling are slower.
-            if layers:
+            # second one there doubles the time on a CPU. Strides in place of pooling are slower. The
+            # maximum may come before ReLU, which then has a quarter of the pixels.
+            if level < 3:
                 layers.append(nn.MaxPool2d(2))
-            layers += [
-                nn.Conv2d(before, after, 3, padding=1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.ReLU(inplace=True),
-            ]
+            layers.append(nn.ReLU(inplace=True))
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(channels[-1], num_classes)
         for module in self.features:
