@@ -95,6 +95,7 @@ def train_classifier(
         stop_at=stop_at,
         selection=selection,
         step_mode=context.config.step,
+        images_on_host=images.device.type != device.type,
         show_progress=context.config.progress,
     )
     network.eval()

@@ -178,6 +178,7 @@ def fit(
     ema: EMA | None = None,
     selection: Selection | None = None,
     step_mode: str = "auto",
+    images_on_host: bool = False,
     show_progress: bool = True,
 ) -> float:
     """Train `network` in place for `config.images` images; return the seconds it took in all.
@@ -195,6 +196,7 @@ def fit(
         ema: moving average updated after each step; its tensors are saved with the checkpoint.
         selection: which weights are kept; each rank looks for itself, at the same weights.
         step_mode: how a step is launched, `RunConfig.step`.
+        images_on_host: `loss_of` takes its images from there, though the device is a GPU.
 
     Raises:
         ValueError: `batch_size` is not a multiple of devices x `accumulate`, the checkpoint found
@@ -207,7 +209,9 @@ def fit(
             f"{stage}: batch_size {size} is not a multiple of {world} devices x {parts} accumulated"
         )
     scaled = accelerator.scaler is not None
-    no_graph = why_no_graph(accelerator.device, processes=world, scaled=scaled)
+    no_graph = why_no_graph(
+        accelerator.device, processes=world, scaled=scaled, on_host=images_on_host
+    )
     if step_mode == "graph" and no_graph:
         raise ValueError(f"{stage}: a step cannot be one graph (--step graph): {no_graph}")
     optimizer = build_optimizer(config, [p for p in network.parameters() if p.requires_grad])

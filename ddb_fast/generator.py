@@ -75,6 +75,7 @@ def train_diffusion(context: Context, folder: Path, resume: Path) -> float:
         checkpoints=context.checkpoints(resume / "last.safetensors"),
         ema=ema,
         step_mode=context.config.step,
+        images_on_host=images.device.type != context.device.type,
         show_progress=context.config.progress,
     )
     if accelerator.is_main_process:

@@ -54,14 +54,21 @@ def capture(
     return replay
 
 
-def why_no_graph(device: torch.device, *, processes: int = 1, scaled: bool = False) -> str | None:
-    """Why a training step on this device cannot be one graph; None: nothing speaks against it."""
+def why_no_graph(
+    device: torch.device, *, processes: int = 1, scaled: bool = False, on_host: bool = False
+) -> str | None:
+    """Why a training step on this device cannot be one graph; None: nothing speaks against it.
+
+    scaled: losses are scaled (fp16). on_host: the images are not in the device's memory.
+    """
     if device.type != "cuda":
         return f"{device.type} has no CUDA graphs"
     if processes > 1:
         return f"{processes} processes exchange gradients within a step"
     if scaled:
         return "fp16's loss scaling decides on the host whether to step"
+    if on_host:
+        return "the images stay on the host, which looks up each batch"
     return None
 
 
@@ -110,8 +117,7 @@ class Step:
             try:
                 self._replay = capture(self._plain, index, stream=self._stream)
             except RuntimeError as reason:
-                text = " ".join(str(reason).split())[:200]
-                logger.warning("steps are launched op by op, not as a graph: %s", text)
+                _warn("steps", reason)
                 self._stream = None
                 return
         # The first replay uploads the graph.
@@ -143,6 +149,8 @@ class Forward:
     """A network in evaluation mode whose forward passes are graphs, one for each shape of inputs.
 
     Behaves as the network for what sampling asks of it. The caller's autocast is recorded with it.
+    A shape that cannot be recorded runs op by op, with a warning that says why; where memory does
+    not suffice, OutOfMemoryError.
     """
 
     def __init__(self, network: nn.Module):
@@ -156,5 +164,19 @@ class Forward:
         key = tuple((x.shape, x.dtype, x.stride()) for x in given)
         if key not in self._recorded:
             self._network(*given)
-            self._recorded[key] = capture(self._network, *given)
+            self._recorded[key] = self._record(given)
         return self._recorded[key](*given)
+
+    def _record(self, given: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        try:
+            return capture(self._network, *given)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as reason:
+            _warn("forward passes", reason)
+            return self._network
+
+
+def _warn(what: str, reason: RuntimeError) -> None:
+    text = " ".join(str(reason).split())[:200]
+    logger.warning("%s are launched op by op, not as a graph: %s", what, text)

@@ -134,6 +134,36 @@ def test_a_forward_pass_is_recorded_once_a_shape(monkeypatch):
     assert next(forward.parameters()) is next(network.parameters())
 
 
+def test_a_forward_pass_that_cannot_be_recorded_goes_on(monkeypatch, caplog):
+    attempts = []
+
+    def capture(run, *given):
+        attempts.append(given[0].shape)
+        raise RuntimeError("operation not permitted\n when stream is capturing")
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    network = nn.Linear(2, 3)
+    forward = Forward(network)
+    for n in (4, 2, 4, 2):
+        x = torch.randn(n, 2)
+        assert torch.equal(forward(x), network(x))
+    assert attempts == [(4, 2), (2, 2)]
+    assert "op by op, not as a graph: operation not permitted when stream" in caplog.text
+
+
+def test_a_forward_pass_without_room_to_record_says_so(monkeypatch):
+    """Whoever samples answers with a smaller batch."""
+
+    def capture(run, *given):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    forward = Forward(nn.Linear(2, 3))
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError, match="no more"):
+            forward(torch.randn(4, 2))
+
+
 def test_a_recording_that_fails_leaves_all_as_it_was(monkeypatch):
     """The generator's state is put back; memory that did not suffice is what is reported."""
     state, put_back = object(), []
@@ -166,6 +196,7 @@ def test_reasons_against_a_graph():
     assert why_no_graph(CPU) == "cpu has no CUDA graphs"
     assert "2 processes" in why_no_graph(cuda, processes=2)
     assert "fp16" in why_no_graph(cuda, scaled=True)
+    assert "the images stay on the host" in why_no_graph(cuda, on_host=True)
 
 
 def test_the_learning_rate_is_a_number_or_a_tensor():
@@ -179,7 +210,7 @@ def test_the_learning_rate_is_a_number_or_a_tensor():
     assert build_optimizer(config, [parameter]).param_groups[0]["lr"] == 0.5
 
 
-def trained(tmp_path, name, step_mode):
+def trained(tmp_path, name, step_mode, **options):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1))
     x = torch.randn(32, 4)
@@ -195,6 +226,7 @@ def trained(tmp_path, name, step_mode):
         checkpoints=Checkpoints(path=tmp_path / f"{name}.safetensors"),
         step_mode=step_mode,
         show_progress=False,
+        **options,
     )
     return network
 
@@ -202,6 +234,20 @@ def trained(tmp_path, name, step_mode):
 def test_a_graph_where_there_can_be_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be one graph \(--step graph\): cpu has no"):
         trained(tmp_path, "graph", "graph")
+
+
+def test_images_on_the_host_are_a_reason_before_anything_is_recorded(tmp_path, monkeypatch):
+    asked = []
+
+    def why(device, **options):
+        asked.append(options)
+        return "why not"
+
+    monkeypatch.setattr("ddb_fast.engine.why_no_graph", why)
+    trained(tmp_path, "auto", "auto", images_on_host=True)
+    assert asked == [{"processes": 1, "scaled": False, "on_host": True}]
+    with pytest.raises(ValueError, match=r"\(--step graph\): why not"):
+        trained(tmp_path, "graph", "graph", images_on_host=True)
 
 
 def test_a_compiled_step_trains_the_same_network(tmp_path, monkeypatch):
