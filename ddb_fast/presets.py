@@ -160,7 +160,8 @@ def _digits() -> RunConfig:
         out="runs/digits",
         data=DataConfig(source="digits", cache_size=16),
         diffusion=small_generator(image_size=16, images=48_000),
-        sampling=SamplingConfig(per_class=100),
+        # Half the default's steps: every figure the same to one image (docs/cost-quality.md).
+        sampling=SamplingConfig(per_class=100, steps=10),
         amplifier=ClassifierConfig(
             model="cnn",
             width=24,

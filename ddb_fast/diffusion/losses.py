@@ -68,8 +68,10 @@ def diffusion_loss(
         raise ValueError(f"class_dropout {class_dropout} is outside 0 to 1")
     n, device = len(x0), x0.device
     t = torch.randint(schedule.timesteps, (n,), device=device, generator=generator)
-    # Unlike randn, keeps channels_last; unlike randn_like, takes a generator.
-    eps = torch.empty_like(x0).normal_(generator=generator)
+    # Unlike randn, keeps channels_last; unlike randn_like, takes a generator. Drawn in the order of
+    # memory: a CPU draws one number at a time for what does not look contiguous, 8 times as slow.
+    eps = torch.empty_like(x0)
+    eps.as_strided((eps.numel(),), (1,)).normal_(generator=generator)
     draws = n if class_dropout_per == "sample" else 1
     dropped = torch.rand(draws, device=device, generator=generator) < class_dropout
     prediction = model(schedule.add_noise(x0, eps, t), t, torch.where(dropped, null_class, y))

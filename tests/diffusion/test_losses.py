@@ -46,9 +46,14 @@ def test_a_model_that_knows_the_image_has_no_loss(target):
     assert loss(Spy(oracle), x0, target=target).item() < 1e-20
 
 
-def test_predicting_nothing_costs_the_variance_of_the_target():
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "window"])
+def test_predicting_nothing_costs_the_variance_of_the_target(layout):
     """E eps^2 = 1; E v^2 = alpha_bar + (1 - alpha_bar) x0^2, averaged over uniform t."""
     x0, nothing = images(256, size=16), Spy(lambda x_t, t: torch.zeros_like(x_t))
+    if layout == "channels_last":
+        x0 = x0.contiguous(memory_format=torch.channels_last)
+    elif layout == "window":
+        x0 = images(256, size=20)[:, :, 2:18, 2:18]
     assert loss(nothing, x0, target="eps").item() == pytest.approx(1, abs=0.02)
     alpha_bar = SCHEDULE.alpha_bar[nothing.t].mean().item()
     expected = alpha_bar + (1 - alpha_bar) * x0.square().mean().item()
