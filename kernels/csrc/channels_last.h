@@ -17,9 +17,9 @@ inline void each_rows(int64_t first, int64_t last, const Body& body) {
   for (; first < last; ++first) body(first, Count<1>());
 }
 
-// How many elements ahead of a pass memory is asked for: the four rows that it reads side by side are
-// more than the machine's own prefetching follows. Measured against 0, 2, 8 and 24 KiB; past either
-// end of a tensor nothing happens.
+// How many elements ahead of a first pass memory is asked for: the four rows that it reads side by
+// side are more than the machine's own prefetching follows. Measured against 0, 2, 8 and 24 KiB; past
+// the end of a tensor nothing happens. Asking for what is written gained nothing.
 template <class T>
 inline int64_t whole_rows_ahead(int64_t stride) {
   constexpr int64_t elements = 4096 / sizeof(T);
@@ -89,10 +89,8 @@ struct ChannelsLast {
     const int64_t stride = call.channels, origin = slab.origin();
     const T *x = static_cast<const T*>(call.x) + origin;
     const T *residual = static_cast<const T*>(call.residual) + origin;
-    const int64_t far = whole_rows_ahead<T>(stride);
     T *y = static_cast<T*>(call.y) + origin, *total = static_cast<T*>(call.total) + origin;
-    // Backwards, so that what the statistics have read last is still in the cache, near enough to need
-    // no asking for.
+    // Backwards, so that what the statistics have read last is still in the cache.
     for (int64_t end = call.pixels; end > 0; end -= block_terms)
       each_rows(end > block_terms ? end - block_terms : 0, end, [&](int64_t pixel, auto rows) {
         if (extra && call.dropout) draw_rows(slab, pixel, rows.value);
@@ -101,7 +99,6 @@ struct ChannelsLast {
           const V a = load(slab.a + i, All()), b = load(slab.b + i, All());
           for (int r = 0; r < rows.value; ++r) {
             const int64_t at = (pixel + r) * stride + i;
-            __builtin_prefetch(y + at - far, 1);
             V s = load(x + at, some);
             if (extra && call.residual) s += load(residual + at, some);
             if (extra && call.total) store(total + at, s + load(slab.pre_bias + i, All()), some);
@@ -143,7 +140,6 @@ struct ChannelsLast {
             const int64_t at = (pixel + r) * stride + i;
             __builtin_prefetch(x + at + far);
             __builtin_prefetch(dy + at + far);
-            if constexpr (kept) __builtin_prefetch(dzs + (pixel + r) * dz_stride + i + far, 1);
             const V s = load(x + at, some);
             V dz = activation_gradient<T, silu>(s * a + b, load(dy + at, some));
             if (extra && call.dropout)
@@ -173,7 +169,6 @@ struct ChannelsLast {
     T* ds = static_cast<T*>(call.ds) + origin;
     constexpr bool in_place = sizeof(T) == sizeof(R);
     R* dzs = in_place ? reinterpret_cast<R*>(ds) : slab.dz;
-    const int64_t far = whole_rows_ahead<T>(stride);
     const int64_t dz_stride = in_place ? stride : slab.row(call);
     for (int64_t end = call.pixels; end > 0; end -= block_terms)
       each_rows(end > block_terms ? end - block_terms : 0, end, [&](int64_t pixel, auto rows) {
@@ -185,7 +180,6 @@ struct ChannelsLast {
           const V q = load(slab.q + i, All()), p = load(slab.p + i, All());
           for (int r = 0; r < rows.value; ++r) {
             const int64_t at = (pixel + r) * stride + i;
-            __builtin_prefetch(ds + at - far, 1);
             const V s = load(x + at, some);
             V dz;
             if constexpr (kept) {
