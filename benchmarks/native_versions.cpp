@@ -3,9 +3,11 @@
 //
 //   program ROUNDS THREADS CHANNELS PIXELS [CHANNELS PIXELS ...]
 //
-// prints a line for each format, shape, direction and version: median milliseconds of 16 samples.
+// prints a line for each format, shape, direction and version: median milliseconds of 16 samples. It
+// ends with 3 where a version's results are not the first one's, up to rounding.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -60,9 +62,29 @@ void fill(void* to, int64_t elements, bool half) {
   }
 }
 
+float value(const void* from, int64_t i, bool half) {
+  if (!half) return static_cast<const float*>(from)[i];
+  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(from)[i]) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// RMS of the difference over RMS; NaN where there is one.
+double difference(const void* a, const void* b, int64_t elements, bool half) {
+  double squares = 0, all = 0;
+  for (int64_t i = 0; i < elements; ++i) {
+    const double x = value(a, i, half), y = value(b, i, half);
+    squares += (x - y) * (x - y);
+    all += x * x;
+  }
+  return std::sqrt(squares / all);
+}
+
 void measure(bool half, int64_t channels, int64_t pixels, int rounds, int threads) {
   const int64_t elements = samples * channels * pixels, bytes = elements * (half ? 2 : 4);
   const Block x = block(bytes), dy = block(bytes), y = block(bytes), ds = block(bytes);
+  const Block first[2] = {block(bytes), block(bytes)};
   fill(x.get(), elements, half);
   fill(dy.get(), elements, half);
   const std::vector<float> weight(channels, 1.0f), bias(channels, 0.1f);
@@ -114,6 +136,14 @@ void measure(bool half, int64_t channels, int64_t pixels, int rounds, int thread
         const std::chrono::duration<double, std::milli> took =
             std::chrono::steady_clock::now() - began;
         if (round >= 0) times[direction][v].push_back(took.count());
+        if (round > -2) continue;
+        const void* result = direction ? ds.get() : y.get();
+        if (v == 0) std::memcpy(first[direction].get(), result, bytes);
+        const double off = difference(first[direction].get(), result, elements, half);
+        if (!(off <= (half ? 4e-3 : 3e-6))) {
+          std::fprintf(stderr, "version %d is off by %.1e\n", v, off);
+          std::exit(3);
+        }
       }
     }
   for (int direction = 0; direction < 2; ++direction)

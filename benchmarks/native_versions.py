@@ -5,7 +5,8 @@
 Each version is a git revision, or a folder with a `kernels/csrc`. On a shared machine two processes
 one after the other differ by 15 % and more with nothing changed; versions that take turns of a
 millisecond agree to 1 %. The first version runs a second time, as the last: what that row is off 1
-is the error of the others. Forward and backward with SiLU, channels_last, 16 samples, 32 groups.
+is the error of the others. Forward and backward with SiLU, channels_last, 16 samples, 32 groups;
+a version whose results differ is not timed.
 """
 
 import argparse
@@ -111,13 +112,15 @@ def run(
     """(row, version, milliseconds) of each, as they are measured."""
     sizes = [str(size) for shape in shapes for size in shape]
     command = [str(program), str(rounds), str(threads), *sizes]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
         for line in process.stdout:
             dtype, channels, pixels, direction, version, milliseconds = line.split()
             row = dtype, int(channels), int(pixels), direction
             yield row, int(version), float(milliseconds)
+        complaint = process.stderr.read().strip()
     if process.returncode:
-        raise ValueError(f"{program.name} ended with {process.returncode}")
+        raise ValueError(complaint or f"the program ended with {process.returncode}")
 
 
 def table(names: list[str], times: dict[Row, dict[int, float]]) -> str:
