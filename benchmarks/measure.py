@@ -1,9 +1,7 @@
 """Timing: medians of CUDA graph replays over rotated inputs, or of interleaved calls on a CPU."""
 
-import ctypes
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,20 +16,6 @@ _GRAPH = 2e-3
 _REPLAYS = 20
 # Without a device that says, an H100's, in bytes.
 _L2 = 50 * 2**20
-
-
-def settle_allocator() -> None:
-    """Make glibc, where there is one, serve memory as it does late in a long process.
-
-    Blocks below 32 MiB are reused, larger ones come fresh from the kernel. In a process as short as
-    a benchmark it depends on what else lies on the heap whether a small block is reused, and a call
-    takes up to three times as long when its results are not.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h.
-        for option, value in ((-3, 2**25), (-1, 2**31 - 1), (-2, 2**28)):
-            mallopt(option, value)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from rows import Item, Row
 from torch import Tensor
 
 from ddb_fast.kernels import tuned
+from ddb_fast.train import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Tensors of x's size that have to be moved, without and with a residual whose sum is returned.
@@ -250,7 +251,9 @@ def kernels(device: torch.device) -> Iterator[Item]:
 
 def cpu(groups: Iterable[tuple[str, shapes.GroupNorm]], *, samples: int = 16) -> Iterator[Item]:
     """All items of the part `cpu`: contenders of a shape in turns, so one row holds them all."""
-    measure.settle_allocator()
+    # As a run has it; else it depends on the heap whether a call's results lie in fresh pages, and
+    # then the call takes up to three times as long.
+    keep_freed_memory()
     for group, shape in groups:
         for dtype in ("fp32", "bf16"):
             for direction in ("forward", "both"):

@@ -3,6 +3,7 @@
 `ddb-fast run` calls `main` too, so both roads share every line from here on.
 """
 
+import ctypes
 import logging
 import os
 import sys
@@ -58,6 +59,20 @@ def set_threads(threads: int | None) -> int:
     return count
 
 
+def keep_freed_memory() -> None:
+    """Have glibc, where there is one, keep what a step frees for the next one.
+
+    Otherwise a CPU's activations go back to the kernel at each step and come anew, a page fault for
+    4 KiB: 2,000 in a step of preset digits, a twelfth of its time. Blocks from 32 MiB on, which is
+    as far as it goes, are returned all the same. For the whole process.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h.
+        for option, value in ((-3, 2**25), (-1, 2**31 - 1)):
+            mallopt(option, value)
+
+
 def run(config: RunConfig, *, profile: bool = False) -> None:
     """Build the Accelerator and run the pipeline; `profile`: then show where its time goes."""
     import torch
@@ -72,6 +87,7 @@ def run(config: RunConfig, *, profile: bool = False) -> None:
     # Results depend on what was chosen, not on having left the choice open.
     config = replace(config, precision={"no": "fp32"}.get(precision, precision))
     threads = set_threads(config.threads)
+    keep_freed_memory()
     tracker = None if config.tracker == "none" else config.tracker
     if tracker is not None and tracker not in {str(t.value) for t in get_available_trackers()}:
         raise ValueError(f"tracker {tracker}: install the package {tracker} first")

@@ -22,8 +22,8 @@ class SmallCNN(nn.Module):
         for level, (before, after) in enumerate(pairwise(channels)):
             layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after)]
             # Only the first convolution, cheap with its few input channels, runs at full size: a
-            # second one there doubles the time on a CPU. Strides in place of pooling are slower. The
-            # maximum may come before ReLU, which then has a quarter of the pixels.
+            # second one there doubles the time on a CPU. Strides in place of pooling are slower.
+            # The maximum may come before ReLU, which then has a quarter of the pixels.
             if level < 3:
                 layers.append(nn.MaxPool2d(2))
             layers.append(nn.ReLU(inplace=True))
