@@ -3,6 +3,7 @@ checkpoints, and runs that grow."""
 
 import csv
 import json
+import re
 import sys
 
 import numpy as np
@@ -76,8 +77,10 @@ def test_a_folder_of_ones_own_needs_no_option_but_its_path(two_digits, tmp_path,
         assert {row["path"] for row in csv.DictReader(file)} == {
             p.relative_to(two_digits).as_posix() for p in two_digits.rglob("*.png")
         }
-    page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 2 * 18 and "NaN" not in page
+    # Pixels in base64 may spell anything.
+    picture = r"data:image/png;base64,[\w+/=]+"
+    text, pictures = re.subn(picture, "", (out / "report.html").read_text())
+    assert pictures >= 2 * 18 and not re.search(r"\bnan\b", text, re.IGNORECASE)
 
 
 def test_a_table_with_bias_labels_takes_true_groups_and_then_grows(two_digits, tmp_path):
