@@ -10,16 +10,18 @@ a version whose results differ is not timed.
 """
 
 import argparse
-import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import geometric_mean
+
+import merge
+import torch
 
 ROOT = Path(__file__).parents[1]
 SOURCES = "kernels/csrc"
@@ -35,7 +37,6 @@ SHAPES = (
     (256, 64),
     (768, 64),
 )
-OPTIMISED = "-O3"
 
 
 def flags(level: str) -> list[str]:
@@ -44,7 +45,6 @@ def flags(level: str) -> list[str]:
     found = {
         name: options.split() for name, options in re.findall(r"add_level\((\w+) ?(.*)\)", text)
     }
-    found.pop("name", None)
     if level not in found:
         raise ValueError(f"level {level!r} is none of {', '.join(found)}")
     common = re.search(r"target_compile_options\(.* PRIVATE -O3 (.*) \$", text)[1].split()
@@ -53,8 +53,6 @@ def flags(level: str) -> list[str]:
 
 def best_level() -> str:
     """The instruction set that the library would take on this machine."""
-    import torch
-
     capability = torch.backends.cpu.get_cpu_capability()
     if capability.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported():
         return "avx512"
@@ -76,14 +74,16 @@ def sources(version: str, folder: Path) -> Path:
     return folder / SOURCES
 
 
-def build(versions: list[Path], level: str, folder: Path, *, optimised: str = OPTIMISED) -> Path:
+def build(versions: list[Path], level: str, folder: Path, *, optimised: str = "-O3") -> Path:
     """One program of all versions; ValueError if they do not fit together or do not compile."""
     for header in ("group_norm.h", "formats.h"):
         if len({(version / header).read_bytes() for version in versions}) > 1:
             raise ValueError(f"{header} differs: such versions cannot be called from one program")
 
+    options = flags(level)
+
     def compiled(*arguments: str | Path) -> None:
-        command = ["g++", "-std=gnu++20", optimised, "-Wno-psabi", *map(str, arguments)]
+        command = ["g++", "-std=gnu++20", optimised, *map(str, arguments)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise ValueError(f"g++ fails: {result.stderr.strip()[:500]}")
@@ -91,7 +91,7 @@ def build(versions: list[Path], level: str, folder: Path, *, optimised: str = OP
     def kernels(number: int) -> Path:
         target = folder / f"{number}.o"
         source = versions[number] / "group_norm_kernels.cpp"
-        compiled(*flags(level), f"-DDDB_LEVEL=v{number}", "-c", source, "-o", target)
+        compiled(*options, f"-DDDB_LEVEL=v{number}", "-c", source, "-o", target)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -108,41 +108,33 @@ Row = tuple[str, int, int, str]
 
 def run(
     program: Path, shapes: tuple[tuple[int, int], ...], *, rounds: int, threads: int
-) -> Iterator[tuple[Row, int, float]]:
-    """(row, version, milliseconds) of each, as they are measured."""
+) -> list[tuple[Row, int, float]]:
+    """(row, version, milliseconds) of each; ValueError where a version computes something else."""
     sizes = [str(size) for shape in shapes for size in shape]
     command = [str(program), str(rounds), str(threads), *sizes]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
-        for line in process.stdout:
-            dtype, channels, pixels, direction, version, milliseconds = line.split()
-            row = dtype, int(channels), int(pixels), direction
-            yield row, int(version), float(milliseconds)
-        complaint = process.stderr.read().strip()
-    if process.returncode:
-        raise ValueError(complaint or f"the program ended with {process.returncode}")
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise ValueError(result.stderr.strip() or f"the program ended with {result.returncode}")
+    found = []
+    for line in result.stdout.splitlines():
+        dtype, channels, pixels, direction, version, milliseconds = line.split()
+        row = dtype, int(channels), int(pixels), direction
+        found.append((row, int(version), float(milliseconds)))
+    return found
 
 
 def table(names: list[str], times: dict[Row, dict[int, float]]) -> str:
     """Markdown: milliseconds of the first version, how many times as fast the others are."""
-    lines = [
-        f"| | {names[0]}, ms | " + " | ".join(names[1:]) + " |",
-        "|---" * (len(names) + 1) + "|",
-    ]
-    factors = defaultdict(list)
+    body, factors = [], defaultdict(list)
     for (dtype, channels, pixels, direction), own in times.items():
         others = [own[0] / own[number] for number in range(1, len(names))]
-        factors[dtype, direction].append(others)
+        factors[f"{dtype} {direction}"].append(others)
         cells = [f"{own[0]:.3f}", *(f"{factor:.2f}" for factor in others)]
-        lines.append(f"| {dtype} {direction}, 16x{channels}x{pixels} | " + " | ".join(cells) + " |")
-    for (dtype, direction), rows in factors.items():
-        means = (
-            math.exp(math.fsum(map(math.log, column)) / len(rows))
-            for column in zip(*rows, strict=True)
-        )
-        cells = ["", *(f"**{mean:.3f}**" for mean in means)]
-        lines.append(f"| {dtype} {direction}, geometric mean | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        body.append([f"{dtype} {direction}, 16x{channels}x{pixels}", *cells])
+    for what, rows in factors.items():
+        means = map(geometric_mean, zip(*rows, strict=True))
+        body.append([f"{what}, geometric mean", "", *(f"**{mean:.3f}**" for mean in means)])
+    return merge.table(("", f"{names[0]}, ms", *names[1:]), body)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"native_versions: {error}", file=sys.stderr)
         return 2
-    print(table(names, times))
+    print(table(names, times), end="")
     return 0
 
 

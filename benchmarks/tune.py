@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -195,10 +196,7 @@ def best(times: Sequence[Mapping[str, float]], order: Sequence[str]) -> str | No
     common = [name for name in order if times and all(name in shape for shape in times)]
     if not common:
         return None
-    pooled = {
-        name: math.exp(sum(math.log(shape[name]) for shape in times) / len(times))
-        for name in common
-    }
+    pooled = {name: statistics.geometric_mean(shape[name] for shape in times) for name in common}
     fastest = min(common, key=pooled.__getitem__)
     if pooled[fastest] == math.inf:
         return None

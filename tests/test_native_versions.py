@@ -17,7 +17,7 @@ def test_flags_are_those_of_the_library():
         native_versions.flags("sse9")
 
 
-def version(folder, old="", new=""):
+def version(folder, old, new):
     """A copy of the sources in which `old` is `new`, wherever it stands."""
     target = folder / native_versions.SOURCES
     shutil.copytree(ROOT / native_versions.SOURCES, target)
@@ -25,14 +25,14 @@ def version(folder, old="", new=""):
     for file in target.iterdir():
         text = file.read_text("utf-8")
         changed += old in text
-        file.write_text(text.replace(old, new) if old else text, "utf-8")
+        file.write_text(text.replace(old, new), "utf-8")
     assert changed
     return target
 
 
 def timed(folders, work):
     program = native_versions.build(folders, "baseline", work, optimised="-O0")
-    return list(native_versions.run(program, ((64, 3), (32, 65)), rounds=2, threads=2))
+    return native_versions.run(program, ((64, 3), (32, 65)), rounds=2, threads=2)
 
 
 @needs_compiler

@@ -47,7 +47,7 @@ class LossTable(nn.Module):
         self.register_buffer("block_of", block_of, persistent=False)
         self.register_buffer("members", members, persistent=False)
         self.register_buffer("block_class", block_class, persistent=False)
-        self.register_buffer("block_maximum", torch.zeros_like(self.loss[members[:, 0]]), False)
+        self.register_buffer("block_maximum", self.loss.new_zeros(len(members)), persistent=False)
         self.register_load_state_dict_post_hook(LossTable._measure_blocks)
 
     def update(self, index: Tensor, losses: Tensor) -> Tensor:
