@@ -45,6 +45,7 @@ class Plan:
     block_p: int
     block_c: int
     num_warps: int
+    unroll: int = 1
 
 
 def plan(x: Tensor, num_groups: int, *, backward: bool, dropout: bool) -> Plan:
@@ -72,11 +73,13 @@ def _plan(
     n, c, h, w = shape
     hw, group, size = h * w, c // num_groups, dtype.itemsize
     vector = math.gcd(c, 16 // size)
+    name = tuned.group_norm_class(dtype, contiguous, shape[1:], backward)
+    asked = tuned.configuration("group_norm", device, f"{name}/{group}") or {}
     channels_last = not contiguous or hw == 1
     slab_groups = num_groups
     for count in range(1, num_groups):
         width = count * group
-        wide_enough = width * size >= 64 or (not channels_last and width * hw * size >= 4096)
+        wide_enough = width * size >= asked.get("width", 64) or (not channels_last and width * hw * size >= 4096)
         # Dropout draws for whole blocks of eight channels.
         if wide_enough and width % (8 if dropout else vector) == 0:
             slab_groups = count
@@ -86,11 +89,10 @@ def _plan(
     block_c = max(8, power_of_two(slab))
     target = 2 * multiprocessors(device)
 
+    unroll = asked.get("unroll", 1 if backward else 2)
     registers = 4096 if backward else 8192
     one_tile = power_of_two(hw) * block_c <= registers
     split = slab > MAX_SLAB or (n * slabs < target and not one_tile)
-    name = tuned.group_norm_class(dtype, contiguous, shape[1:], backward)
-    asked = tuned.configuration("group_norm", device, f"{name}/{group}") or {}
     if asked.get("split", split) and (hw > 1 or slab > MAX_SLAB):
         return _split_plan(n, c, hw, size, channels_last, target, asked)
     if one_tile:
@@ -100,9 +102,9 @@ def _plan(
         slab_bytes = hw * slab * size
         warps = 16 if slab_bytes > 2**17 else 8 if slab_bytes > 2**15 else 4
         warps = asked.get("num_warps", warps)
-        per_lane = asked.get("per_lane", 8 if backward else 16)
+        per_lane = asked.get("per_lane", 8)
         block_p = max(1, min(power_of_two(hw), warps * 32 * per_lane // block_c))
-    return Plan(slab_groups, slabs, 0, hw, one_tile, block_p, block_c, warps)
+    return Plan(slab_groups, slabs, 0, hw, one_tile, block_p, block_c, warps, unroll)
 
 
 def _split_plan(
@@ -122,7 +124,7 @@ def _split_plan(
     # Twice the multiprocessors' worth of programs, but no chunk below one tile.
     splits = max(1, min(-(-2 * target // max(1, n * slabs)), -(-hw // block_p)))
     chunk = -(-hw // (splits * block_p)) * block_p
-    return Plan(0, slabs, -(-hw // chunk), chunk, False, block_p, block_c, warps)
+    return Plan(0, slabs, -(-hw // chunk), chunk, False, block_p, block_c, warps, asked.get("unroll", 1))
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -185,7 +187,8 @@ def forward(
             {**inputs, **affine, "p_seed": seed, **outputs, **rows, **sizes, **slabs, **groups,
              "eps": eps, **dropout},
             {**shared, **tile, "SLAB_GROUPS": cut.slab_groups,
-             "BLOCK_G": power_of_two(cut.slab_groups), "SILU": silu, "ONE_TILE": cut.one_tile},
+             "BLOCK_G": power_of_two(cut.slab_groups), "SILU": silu, "ONE_TILE": cut.one_tile,
+             "UNROLL": cut.unroll},
             num_warps=cut.num_warps,
         )  # fmt: skip
         return y, total, mean, rstd
@@ -197,7 +200,7 @@ def forward(
         forward_kernels.forward_statistics,
         grid,
         {**inputs, "p_partial": partial, **pre_row, **sizes, **slabs, **chunks},
-        {**vectors, **tile},
+        {**vectors, **tile, "UNROLL": cut.unroll},
         num_warps=cut.num_warps,
     )
     launch(
@@ -213,7 +216,7 @@ def forward(
         grid,
         {**inputs, **affine, "p_seed": seed, **outputs, **rows, **sizes, **slabs, **groups,
          "chunk": cut.chunk, **dropout},
-        {**shared, **tile, "SILU": silu},
+        {**shared, **tile, "SILU": silu, "UNROLL": cut.unroll},
         num_warps=cut.num_warps,
     )  # fmt: skip
     return y, total, mean, rstd
@@ -313,7 +316,8 @@ def _launch_backward(
             {**inputs, "p_ds": ds, **gradients, **rows, **samples, **sizes, **slabs, **groups,
              **dropout},
             {**shared, **tile, "SLAB_GROUPS": cut.slab_groups,
-             "BLOCK_G": power_of_two(cut.slab_groups), "SILU": silu, "ONE_TILE": cut.one_tile},
+             "BLOCK_G": power_of_two(cut.slab_groups), "SILU": silu, "ONE_TILE": cut.one_tile,
+             "UNROLL": cut.unroll},
             num_warps=cut.num_warps,
         )  # fmt: skip
         return
@@ -326,7 +330,8 @@ def _launch_backward(
         grid,
         {**inputs, "p_partial": partial, **rows, **sizes, **slabs, **groups, **splits,
          "chunk": cut.chunk, **dropout},
-        {**shared, **tile, "SILU": silu, "PRE_BIAS": d_pre_bias is not None},
+        {**shared, **tile, "SILU": silu, "PRE_BIAS": d_pre_bias is not None,
+         "UNROLL": cut.unroll},
         num_warps=cut.num_warps,
     )  # fmt: skip
     launch(
@@ -343,7 +348,7 @@ def _launch_backward(
         grid,
         {**inputs, "p_moments": moments, "p_ds": ds, **rows, **sizes, **slabs, **groups,
          "chunk": cut.chunk, **dropout},
-        {**shared, **tile, "SILU": silu},
+        {**shared, **tile, "SILU": silu, "UNROLL": cut.unroll},
         num_warps=cut.num_warps,
     )  # fmt: skip
 

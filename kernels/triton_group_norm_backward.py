@@ -14,61 +14,66 @@ import triton
 import triton.language as tl
 
 from .triton_group_norm_forward import _keep, _members, _offsets, _per_channel, _per_group, _slab
+from .triton_math import tanh
 
 
 @triton.jit
 def _load_tile(
-    p_s, p_dy, p_seed, b_offsets, m_tile, b_shift, b_rstd, b_gain, b_offset,
+    p_s, p_dy, p_seed, b_offsets, m_tile, b_shift, b_gain, b_offset,
     threshold, keep_scale, n, first_c, b_p, C, HW,
     SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """(xhat, dz) of one tile in fp32, 0 outside; b_shift is what takes s to s - mean."""
-    b_s = tl.load(p_s + b_offsets, mask=m_tile, other=0.0).to(tl.float32)
+    """(s - mean, dz, with SiLU doubled) of one tile in fp32; outside dz is 0, s - mean is not.
+
+    With h = z / 2 and t = tanh(h), silu'(z) = (1 + t + h * (1 - t^2)) / 2. So b_gain and b_offset
+    are those of h, and the half of dz is left to what sums it up.
+    """
+    b_d = tl.load(p_s + b_offsets, mask=m_tile, other=0.0).to(tl.float32) + b_shift[None, :]
     b_dz = tl.load(p_dy + b_offsets, mask=m_tile, other=0.0).to(tl.float32)
-    b_xhat = tl.where(m_tile, (b_s + b_shift[None, :]) * b_rstd[None, :], 0.0)
     if p_seed is not None:
         m_keep = _keep(p_seed, threshold, n, first_c, b_p, C, HW, BLOCK_P, BLOCK_C)
         b_dz = tl.where(m_keep, b_dz * keep_scale, 0.0)
     if SILU:
-        b_z = b_xhat * b_gain[None, :] + b_offset[None, :]
-        b_sigmoid = tl.sigmoid(b_z)
-        b_dz *= b_sigmoid * (1 + b_z * (1 - b_sigmoid))
-    return b_xhat, b_dz
+        b_h = b_d * b_gain[None, :] + b_offset[None, :]
+        b_t = tanh(b_h, p_s.dtype.element_ty != tl.float32)
+        b_dz += b_dz * (b_t + b_h * (1 - b_t * b_t))
+    return b_d, b_dz
 
 
 @triton.jit
 def _channel_sums(
-    p_s, p_dy, p_d_sum, p_seed, b_c, m_c, first, last, b_shift, b_rstd, b_gain, b_offset,
+    p_s, p_dy, p_d_sum, p_seed, b_c, m_c, first, last, b_shift, b_gain, b_offset,
     threshold, keep_scale, n, first_c, C, HW,
     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRE_BIAS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """S1, S2, X1 and sum d_sum of each channel over the pixels first..last-1."""
+    """Sums of b_dz, b_dz * b_d, b_d and d_sum of each channel over the pixels first..last-1."""
     b_s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     b_s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     b_x1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     b_d1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for start in range(first, last, BLOCK_P):
-        b_p = start + tl.arange(0, BLOCK_P)
-        m_tile = (b_p < last)[:, None] & m_c[None, :]
-        b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
-        b_xhat, b_dz = _load_tile(
-            p_s, p_dy, p_seed, b_offsets, m_tile, b_shift, b_rstd, b_gain, b_offset,
-            threshold, keep_scale, n, first_c, b_p, C, HW, SILU, BLOCK_P, BLOCK_C,
-        )  # fmt: skip
-        b_s1 += b_dz
-        b_s2 += b_dz * b_xhat
-        if PRE_BIAS:
-            b_x1 += b_xhat
-            if p_d_sum is not None:
-                b_d1 += tl.load(p_d_sum + b_offsets, mask=m_tile, other=0.0).to(tl.float32)
+    for start in range(first, last, BLOCK_P * UNROLL):
+        for tile in tl.static_range(UNROLL):
+            b_p = start + tile * BLOCK_P + tl.arange(0, BLOCK_P)
+            m_tile = (b_p < last)[:, None] & m_c[None, :]
+            b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
+            b_d, b_dz = _load_tile(
+                p_s, p_dy, p_seed, b_offsets, m_tile, b_shift, b_gain, b_offset,
+                threshold, keep_scale, n, first_c, b_p, C, HW, SILU, BLOCK_P, BLOCK_C,
+            )  # fmt: skip
+            b_s1 += b_dz
+            b_s2 += b_dz * b_d
+            if PRE_BIAS:
+                b_x1 += tl.where(m_tile, b_d, 0.0)
+                if p_d_sum is not None:
+                    b_d1 += tl.load(p_d_sum + b_offsets, mask=m_tile, other=0.0).to(tl.float32)
     return tl.sum(b_s1, 0), tl.sum(b_s2, 0), tl.sum(b_x1, 0), tl.sum(b_d1, 0)
 
 
 @triton.jit
-def _store_ds(p_ds, p_d_sum, b_offsets, m_tile, b_xhat, b_dz, b_gain, b_m1, b_m2, b_rstd):
-    b_ds = b_gain[None, :] * b_dz - b_m1[None, :] - b_xhat * b_m2[None, :]
-    b_ds *= b_rstd[None, :]
+def _store_ds(p_ds, p_d_sum, b_offsets, m_tile, b_d, b_dz, b_gain, b_slope, b_constant):
+    """ds = rstd * (a * dz - m1 - xhat * m2) + d_sum, as b_gain * b_dz + b_slope * b_d + b_constant."""
+    b_ds = b_gain[None, :] * b_dz + (b_slope[None, :] * b_d + b_constant[None, :])
     if p_d_sum is not None:
         b_ds += tl.load(p_d_sum + b_offsets, mask=m_tile, other=0.0).to(tl.float32)
     tl.store(p_ds + b_offsets, b_ds.to(p_ds.dtype.element_ty), mask=m_tile)
@@ -76,15 +81,40 @@ def _store_ds(p_ds, p_d_sum, b_offsets, m_tile, b_xhat, b_dz, b_gain, b_m1, b_m2
 
 
 @triton.jit
+def _channel_operands(
+    p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
+    pre_bias_row, scale_row, shift_row, num_groups, n, b_c, m_c,
+    CG: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """(pre_bias - mean, rstd, 1 + scale, and of h, or of z without SiLU, gain and offset)."""
+    row = n * num_groups
+    b_mean = tl.load(p_mean + row + b_c // CG, mask=m_c, other=0.0)
+    b_rstd = tl.load(p_rstd + row + b_c // CG, mask=m_c, other=0.0)
+    b_shift = _slab(p_pre_bias, n * pre_bias_row, b_c, m_c, 0.0) - b_mean
+    b_scale = 1 + _slab(p_scale, n * scale_row, b_c, m_c, 0.0)
+    b_gain = _slab(p_weight, 0, b_c, m_c, 1.0) * b_scale * b_rstd
+    b_offset = _slab(p_bias, 0, b_c, m_c, 0.0) * b_scale
+    b_offset += _slab(p_shift, n * shift_row, b_c, m_c, 0.0)
+    return b_shift, b_rstd, b_scale, _once(b_gain, SILU), _once(b_offset, SILU)
+
+
+@triton.jit
+def _once(b_twice, SILU: tl.constexpr):
+    """Halve z to h and what `_load_tile` doubles to what it is."""
+    return b_twice * 0.5 if SILU else b_twice
+
+
+@triton.jit
 def _store_channels(
-    p_d_affine, p_d_scale, p_d_shift, plane, row, b_c, m_c,
-    b_s1, b_s2, b_weight, b_bias, b_scale,
+    p_weight, p_bias, p_d_affine, p_d_scale, p_d_shift, plane, row, b_c, m_c, b_s1, b_s2, b_scale,
 ):  # fmt: skip
     """What the sums of a sample's channels give; p_d_affine is (2, N, C), still to be summed."""
     if p_d_affine is not None:
         tl.store(p_d_affine + row + b_c, b_scale * b_s2, mask=m_c)
         tl.store(p_d_affine + plane + row + b_c, b_scale * b_s1, mask=m_c)
     if p_d_scale is not None:
+        b_weight = _slab(p_weight, 0, b_c, m_c, 1.0)
+        b_bias = _slab(p_bias, 0, b_c, m_c, 0.0)
         tl.store(p_d_scale + row + b_c, b_weight * b_s2 + b_bias * b_s1, mask=m_c)
     if p_d_shift is not None:
         tl.store(p_d_shift + row + b_c, b_s1, mask=m_c)
@@ -98,7 +128,7 @@ def backward_fused(
     threshold, keep_scale,
     VEC_C: tl.constexpr, VEC_P: tl.constexpr, CG: tl.constexpr, SLAB_GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ONE_TILE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ONE_TILE: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One program = one slab of SLAB_GROUPS groups of one sample; grid (N * slabs,)."""
     n = (tl.program_id(0) // slabs).to(tl.int64)
@@ -115,74 +145,58 @@ def backward_fused(
     if p_d_sum is not None:
         p_d_sum += sample
 
-    row = n * num_groups
-    b_mean = tl.load(p_mean + row + b_c // CG, mask=m_c, other=0.0)
-    b_rstd = tl.load(p_rstd + row + b_c // CG, mask=m_c, other=0.0)
-    b_shift = _slab(p_pre_bias, n * pre_bias_row, b_c, m_c, 0.0) - b_mean
-    b_weight = _slab(p_weight, 0, b_c, m_c, 1.0)
-    b_bias = _slab(p_bias, 0, b_c, m_c, 0.0)
-    b_scale = 1 + _slab(p_scale, n * scale_row, b_c, m_c, 0.0)
-    b_gain = b_weight * b_scale
-    b_offset = b_bias * b_scale + _slab(p_shift, n * shift_row, b_c, m_c, 0.0)
-    b_p = tl.arange(0, BLOCK_P)
-    b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
-    m_tile = (b_p < HW)[:, None] & m_c[None, :]
+    b_shift, b_rstd, b_scale, b_gain, b_offset = _channel_operands(
+        p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
+        pre_bias_row, scale_row, shift_row, num_groups, n, b_c, m_c, CG, SILU,
+    )  # fmt: skip
     if ONE_TILE:
-        b_xhat, b_dz = _load_tile(
-            p_s, p_dy, p_seed, b_offsets, m_tile, b_shift, b_rstd, b_gain, b_offset,
+        b_p = tl.arange(0, BLOCK_P)
+        b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
+        m_tile = (b_p < HW)[:, None] & m_c[None, :]
+        b_d, b_dz = _load_tile(
+            p_s, p_dy, p_seed, b_offsets, m_tile, b_shift, b_gain, b_offset,
             threshold, keep_scale, n, first_c, b_p, C, HW, SILU, BLOCK_P, BLOCK_C,
         )  # fmt: skip
-        b_s1, b_s2 = tl.sum(b_dz, 0), tl.sum(b_dz * b_xhat, 0)
+        b_s1, b_s2 = tl.sum(b_dz, 0), tl.sum(b_dz * b_d, 0)
     else:
         b_s1, b_s2, _, _ = _channel_sums(
-            p_s, p_dy, None, p_seed, b_c, m_c, 0, HW, b_shift, b_rstd, b_gain, b_offset,
+            p_s, p_dy, None, p_seed, b_c, m_c, 0, HW, b_shift, b_gain, b_offset,
             threshold, keep_scale, n, first_c, C, HW,
-            SILU, CHANNELS_LAST, False, BLOCK_P, BLOCK_C,
+            SILU, CHANNELS_LAST, False, BLOCK_P, BLOCK_C, UNROLL,
         )  # fmt: skip
 
     m_members = _members(CG, BLOCK_C, BLOCK_G)
+    # b_gain = rstd * a, halved where b_dz is doubled.
     b_m1 = _per_channel(_per_group(b_gain * b_s1, m_members) / (CG * HW), m_members)
     b_m2 = _per_channel(_per_group(b_gain * b_s2, m_members) / (CG * HW), m_members)
+    b_slope, b_constant = -b_rstd * b_rstd * b_m2, -b_m1
     _store_channels(
-        p_d_affine, p_d_scale, p_d_shift, samples * C, n * C, b_c, m_c,
-        b_s1, b_s2, b_weight, b_bias, b_scale,
+        p_weight, p_bias, p_d_affine, p_d_scale, p_d_shift, samples * C, n * C, b_c, m_c,
+        _once(b_s1, SILU), _once(b_s2, SILU) * b_rstd, b_scale,
     )  # fmt: skip
     # Here d_pre_bias costs least as the sum of what is written.
     if ONE_TILE:
         b_total = _store_ds(
-            p_ds, p_d_sum, b_offsets, m_tile, b_xhat, b_dz, b_gain, b_m1, b_m2, b_rstd
+            p_ds, p_d_sum, b_offsets, m_tile, b_d, b_dz, b_gain, b_slope, b_constant
         )
     else:
-        b_total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-        for start in range(0, HW, BLOCK_P):
-            b_pixel = start + b_p
+        WIDE_P: tl.constexpr = BLOCK_P * UNROLL
+        tiles = tl.cdiv(HW, WIDE_P)
+        b_total = tl.zeros([WIDE_P, BLOCK_C], tl.float32)
+        # Backwards: what was read last is what the caches still have.
+        for tile in range(tiles):
+            b_pixel = (tiles - 1 - tile) * WIDE_P + tl.arange(0, WIDE_P)
             b_offsets = _offsets(b_pixel, b_c, C, HW, CHANNELS_LAST)
             m_tile = (b_pixel < HW)[:, None] & m_c[None, :]
-            b_xhat, b_dz = _load_tile(
-                p_s, p_dy, p_seed, b_offsets, m_tile, b_shift, b_rstd, b_gain, b_offset,
-                threshold, keep_scale, n, first_c, b_pixel, C, HW, SILU, BLOCK_P, BLOCK_C,
+            b_d, b_dz = _load_tile(
+                p_s, p_dy, p_seed, b_offsets, m_tile, b_shift, b_gain, b_offset,
+                threshold, keep_scale, n, first_c, b_pixel, C, HW, SILU, WIDE_P, BLOCK_C,
             )  # fmt: skip
             b_total += _store_ds(
-                p_ds, p_d_sum, b_offsets, m_tile, b_xhat, b_dz, b_gain, b_m1, b_m2, b_rstd
+                p_ds, p_d_sum, b_offsets, m_tile, b_d, b_dz, b_gain, b_slope, b_constant
             )
     if p_d_pre_bias is not None:
         tl.store(p_d_pre_bias + n * C + b_c, tl.sum(b_total, 0), mask=m_c)
-
-
-@triton.jit
-def _block_operands(
-    p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
-    pre_bias_row, scale_row, shift_row, num_groups, n, b_c, m_c, CG: tl.constexpr,
-):  # fmt: skip
-    row = n * num_groups
-    b_mean = tl.load(p_mean + row + b_c // CG, mask=m_c, other=0.0)
-    b_rstd = tl.load(p_rstd + row + b_c // CG, mask=m_c, other=0.0)
-    b_shift = _slab(p_pre_bias, n * pre_bias_row, b_c, m_c, 0.0) - b_mean
-    b_scale = 1 + _slab(p_scale, n * scale_row, b_c, m_c, 0.0)
-    b_gain = _slab(p_weight, 0, b_c, m_c, 1.0) * b_scale
-    b_offset = _slab(p_bias, 0, b_c, m_c, 0.0) * b_scale
-    b_offset += _slab(p_shift, n * shift_row, b_c, m_c, 0.0)
-    return b_shift, b_rstd, b_gain, b_offset
 
 
 @triton.jit
@@ -194,6 +208,7 @@ def backward_sums(
     VEC_C: tl.constexpr, VEC_P: tl.constexpr, CG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, PRE_BIAS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """S1, S2, X1, sum d_sum of each channel in a chunk: (N, splits, 4, C)."""
     n = (tl.program_id(0) // slabs).to(tl.int64)
@@ -206,21 +221,21 @@ def backward_sums(
     p_dy += n * C * HW
     if p_d_sum is not None:
         p_d_sum += n * C * HW
-    b_shift, b_rstd, b_gain, b_offset = _block_operands(
+    b_shift, b_rstd, _, b_gain, b_offset = _channel_operands(
         p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
-        pre_bias_row, scale_row, shift_row, num_groups, n, b_c, m_c, CG,
+        pre_bias_row, scale_row, shift_row, num_groups, n, b_c, m_c, CG, SILU,
     )  # fmt: skip
     first = split * chunk
     b_s1, b_s2, b_x1, b_d1 = _channel_sums(
         p_s, p_dy, p_d_sum, p_seed, b_c, m_c, first, tl.minimum(first + chunk, HW),
-        b_shift, b_rstd, b_gain, b_offset, threshold, keep_scale, n, first_c, C, HW,
-        SILU, CHANNELS_LAST, PRE_BIAS, BLOCK_P, BLOCK_C,
+        b_shift, b_gain, b_offset, threshold, keep_scale, n, first_c, C, HW,
+        SILU, CHANNELS_LAST, PRE_BIAS, BLOCK_P, BLOCK_C, UNROLL,
     )  # fmt: skip
     row = (n * splits + split) * 4 * C
-    tl.store(p_partial + row + b_c, b_s1, mask=m_c)
-    tl.store(p_partial + row + C + b_c, b_s2, mask=m_c)
+    tl.store(p_partial + row + b_c, _once(b_s1, SILU), mask=m_c)
+    tl.store(p_partial + row + C + b_c, _once(b_s2, SILU) * b_rstd, mask=m_c)
     if PRE_BIAS:
-        tl.store(p_partial + row + 2 * C + b_c, b_x1, mask=m_c)
+        tl.store(p_partial + row + 2 * C + b_c, b_x1 * b_rstd, mask=m_c)
         tl.store(p_partial + row + 3 * C + b_c, b_d1, mask=m_c)
 
 
@@ -250,7 +265,6 @@ def backward_groups(
             b_x1 += tl.load(p_partial + row + 2 * C + b_c, mask=m_c, other=0.0)
             b_d1 += tl.load(p_partial + row + 3 * C + b_c, mask=m_c, other=0.0)
     b_weight = _slab(p_weight, 0, b_c, m_c, 1.0)
-    b_bias = _slab(p_bias, 0, b_c, m_c, 0.0)
     b_scale = 1 + _slab(p_scale, n * scale_row, b_c, m_c, 0.0)
     m1 = tl.sum(b_weight * b_scale * b_s1, 0) / (CG * HW)
     m2 = tl.sum(b_weight * b_scale * b_s2, 0) / (CG * HW)
@@ -258,8 +272,8 @@ def backward_groups(
     tl.store(p_moments + 2 * row, m1)
     tl.store(p_moments + 2 * row + 1, m2)
     _store_channels(
-        p_d_affine, p_d_scale, p_d_shift, samples * C, n * C, b_c, m_c,
-        b_s1, b_s2, b_weight, b_bias, b_scale,
+        p_weight, p_bias, p_d_affine, p_d_scale, p_d_shift, samples * C, n * C, b_c, m_c,
+        b_s1, b_s2, b_scale,
     )  # fmt: skip
     if p_d_pre_bias is not None:
         b_d = tl.load(p_rstd + row) * (b_weight * b_scale * b_s1 - HW * m1 - m2 * b_x1) + b_d1
@@ -274,7 +288,7 @@ def backward_apply(
     threshold, keep_scale,
     VEC_C: tl.constexpr, VEC_P: tl.constexpr, CG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """ds of one chunk of pixels and one block of channels; grid (N * slabs, splits)."""
     n = (tl.program_id(0) // slabs).to(tl.int64)
@@ -287,21 +301,22 @@ def backward_apply(
     p_ds += n * C * HW
     if p_d_sum is not None:
         p_d_sum += n * C * HW
-    b_shift, b_rstd, b_gain, b_offset = _block_operands(
+    b_shift, b_rstd, _, b_gain, b_offset = _channel_operands(
         p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
-        pre_bias_row, scale_row, shift_row, num_groups, n, b_c, m_c, CG,
+        pre_bias_row, scale_row, shift_row, num_groups, n, b_c, m_c, CG, SILU,
     )  # fmt: skip
     b_row = 2 * (n * num_groups + b_c // CG)
-    b_m1 = tl.load(p_moments + b_row, mask=m_c, other=0.0)
-    b_m2 = tl.load(p_moments + b_row + 1, mask=m_c, other=0.0)
+    b_constant = -b_rstd * tl.load(p_moments + b_row, mask=m_c, other=0.0)
+    b_slope = -b_rstd * b_rstd * tl.load(p_moments + b_row + 1, mask=m_c, other=0.0)
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, HW)
-    for start in range(first, last, BLOCK_P):
-        b_p = start + tl.arange(0, BLOCK_P)
+    WIDE_P: tl.constexpr = BLOCK_P * UNROLL
+    for start in range(first, last, WIDE_P):
+        b_p = start + tl.arange(0, WIDE_P)
         b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
         m_tile = (b_p < last)[:, None] & m_c[None, :]
-        b_xhat, b_dz = _load_tile(
-            p_s, p_dy, p_seed, b_offsets, m_tile, b_shift, b_rstd, b_gain, b_offset,
-            threshold, keep_scale, n, first_c, b_p, C, HW, SILU, BLOCK_P, BLOCK_C,
+        b_d, b_dz = _load_tile(
+            p_s, p_dy, p_seed, b_offsets, m_tile, b_shift, b_gain, b_offset,
+            threshold, keep_scale, n, first_c, b_p, C, HW, SILU, WIDE_P, BLOCK_C,
         )  # fmt: skip
-        _store_ds(p_ds, p_d_sum, b_offsets, m_tile, b_xhat, b_dz, b_gain, b_m1, b_m2, b_rstd)
+        _store_ds(p_ds, p_d_sum, b_offsets, m_tile, b_d, b_dz, b_gain, b_slope, b_constant)

@@ -17,6 +17,8 @@ by. Statistics: Welford per lane, then Chan et al. 1983, equation 2.1, over lane
 import triton
 import triton.language as tl
 
+from .triton_math import sigmoid
+
 
 @triton.jit
 def _slab(p_vector, row, b_c, m_c, default):
@@ -38,9 +40,9 @@ def _offsets(b_p, b_c, C, HW, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _load_sum(p_x, p_residual, b_offsets, m_tile, b_pre):
-    """s = x + pre_bias + residual in fp32."""
-    b_s = tl.load(p_x + b_offsets, mask=m_tile, other=0.0).to(tl.float32) + b_pre[None, :]
+def _load_sum(p_x, p_residual, b_offsets, m_tile):
+    """x + residual in fp32: s without the pre-bias, which is a channel's and not a pixel's."""
+    b_s = tl.load(p_x + b_offsets, mask=m_tile, other=0.0).to(tl.float32)
     if p_residual is not None:
         b_s += tl.load(p_residual + b_offsets, mask=m_tile, other=0.0).to(tl.float32)
     return b_s
@@ -57,24 +59,42 @@ def _combine_lanes(b_mean, b_m2, b_count, count):
 
 @triton.jit
 def _channel_statistics(
-    p_x, p_residual, b_pre, b_c, m_c, first, last, C, HW,
+    p_x, p_residual, b_c, m_c, first, last, C, HW,
     CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Mean and squared deviations of each channel over the pixels first..last-1."""
+    """Mean and squared deviations of each channel over the pixels first..last-1.
+
+    A lane sums what its elements differ from its first one. Were that an outlier, its own share of
+    the squared deviations would be as large as what it makes inexact.
+    """
     b_lane = tl.arange(0, BLOCK_P)
-    b_mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    b_m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    tiles = 0.0
-    for start in range(first, last, BLOCK_P):
+    m_tile = (first + b_lane < last)[:, None] & m_c[None, :]
+    b_offsets = _offsets(first + b_lane, b_c, C, HW, CHANNELS_LAST)
+    b_base = _load_sum(p_x, p_residual, b_offsets, m_tile)
+    b_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    b_square = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    # Whole tiles need no mask over the pixels, whose zeros would have to be taken out again.
+    whole = last - (last - first) % (BLOCK_P * UNROLL)
+    for start in range(first, whole, BLOCK_P * UNROLL):
+        for tile in tl.static_range(UNROLL):
+            b_p = start + tile * BLOCK_P + b_lane
+            b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
+            b_delta = _load_sum(p_x, p_residual, b_offsets, m_c[None, :]) - b_base
+            b_sum += b_delta
+            b_square += b_delta * b_delta
+    for start in range(whole, last, BLOCK_P):
         b_p = start + b_lane
         m_tile = (b_p < last)[:, None] & m_c[None, :]
-        b_s = _load_sum(p_x, p_residual, _offsets(b_p, b_c, C, HW, CHANNELS_LAST), m_tile, b_pre)
-        tiles += 1.0
-        b_delta = tl.where(m_tile, b_s - b_mean, 0.0)
-        b_mean += b_delta * (1.0 / tiles)
-        b_m2 += b_delta * (b_s - b_mean)
+        b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
+        b_delta = _load_sum(p_x, p_residual, b_offsets, m_tile) - b_base
+        b_delta = tl.where(m_tile, b_delta, 0.0)
+        b_sum += b_delta
+        b_square += b_delta * b_delta
     b_count = ((last - first - b_lane + BLOCK_P - 1) // BLOCK_P).to(tl.float32)
-    return _combine_lanes(b_mean, b_m2, b_count, (last - first) * 1.0)
+    b_mean = b_sum / tl.maximum(b_count, 1.0)[:, None]
+    b_m2 = tl.maximum(b_square - b_sum * b_mean, 0.0)
+    return _combine_lanes(b_base + b_mean, b_m2, b_count, (last - first) * 1.0)
 
 
 @triton.jit
@@ -116,20 +136,20 @@ def _keep(p_seed, threshold, n, first_c, b_p, C, HW, BLOCK_P: tl.constexpr, BLOC
 
 @triton.jit
 def _finish(
-    b_s, b_offsets, m_tile, b_mean, b_rstd, b_gain, b_offset, p_y, p_sum,
+    b_s, b_offsets, m_tile, b_pre, b_shift, b_gain, b_offset, p_y, p_sum,
     p_seed, threshold, keep_scale, n, first_c, b_p, C, HW,
     SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Everything after the statistics, for one tile."""
-    b_y = (b_s - b_mean[None, :]) * (b_rstd * b_gain)[None, :] + b_offset[None, :]
+    """Everything after the statistics, for one tile; b_shift is what takes s to s - mean."""
+    b_y = (b_s + b_shift[None, :]) * b_gain[None, :] + b_offset[None, :]
     if SILU:
-        b_y *= tl.sigmoid(b_y)
+        b_y *= sigmoid(b_y)
     if p_seed is not None:
         m_keep = _keep(p_seed, threshold, n, first_c, b_p, C, HW, BLOCK_P, BLOCK_C)
         b_y = tl.where(m_keep, b_y * keep_scale, 0.0)
     tl.store(p_y + b_offsets, b_y.to(p_y.dtype.element_ty), mask=m_tile)
     if p_sum is not None:
-        tl.store(p_sum + b_offsets, b_s.to(p_sum.dtype.element_ty), mask=m_tile)
+        tl.store(p_sum + b_offsets, (b_s + b_pre[None, :]).to(p_sum.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
@@ -140,7 +160,7 @@ def forward_fused(
     threshold, keep_scale,
     VEC_C: tl.constexpr, VEC_P: tl.constexpr, CG: tl.constexpr, SLAB_GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ONE_TILE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ONE_TILE: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One program = one slab of SLAB_GROUPS groups of one sample; grid (N * slabs,)."""
     n = (tl.program_id(0) // slabs).to(tl.int64)
@@ -159,16 +179,17 @@ def forward_fused(
         p_sum += sample
 
     b_pre = _slab(p_pre_bias, n * pre_bias_row, b_c, m_c, 0.0)
-    b_p = tl.arange(0, BLOCK_P)
-    b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
-    m_tile = (b_p < HW)[:, None] & m_c[None, :]
     if ONE_TILE:
-        b_s = _load_sum(p_x, p_residual, b_offsets, m_tile, b_pre)
+        b_p = tl.arange(0, BLOCK_P)
+        b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
+        m_tile = (b_p < HW)[:, None] & m_c[None, :]
+        b_s = _load_sum(p_x, p_residual, b_offsets, m_tile)
         b_mean_c, b_m2_c = _combine_lanes(b_s, b_s * 0.0, (b_p < HW).to(tl.float32), HW * 1.0)
     else:
         b_mean_c, b_m2_c = _channel_statistics(
-            p_x, p_residual, b_pre, b_c, m_c, 0, HW, C, HW, CHANNELS_LAST, BLOCK_P, BLOCK_C
+            p_x, p_residual, b_c, m_c, 0, HW, C, HW, CHANNELS_LAST, BLOCK_P, BLOCK_C, UNROLL
         )
+    b_mean_c += b_pre
 
     m_members = _members(CG, BLOCK_C, BLOCK_G)
     b_mean_g = _per_group(b_mean_c, m_members) / CG
@@ -184,23 +205,27 @@ def forward_fused(
     tl.store(p_rstd + row + b_g, b_rstd_g, mask=m_g)
 
     b_scale = 1 + _slab(p_scale, n * scale_row, b_c, m_c, 0.0)
-    b_gain = _slab(p_weight, 0, b_c, m_c, 1.0) * b_scale
+    b_gain = _slab(p_weight, 0, b_c, m_c, 1.0) * b_scale * b_rstd
     b_offset = _slab(p_bias, 0, b_c, m_c, 0.0) * b_scale
     b_offset += _slab(p_shift, n * shift_row, b_c, m_c, 0.0)
+    b_shift = b_pre - b_mean
     if ONE_TILE:
         _finish(
-            b_s, b_offsets, m_tile, b_mean, b_rstd, b_gain, b_offset, p_y, p_sum,
+            b_s, b_offsets, m_tile, b_pre, b_shift, b_gain, b_offset, p_y, p_sum,
             p_seed, threshold, keep_scale, n, first_c, b_p, C, HW, SILU, BLOCK_P, BLOCK_C,
         )  # fmt: skip
     else:
-        for start in range(0, HW, BLOCK_P):
-            b_pixel = start + b_p
+        WIDE_P: tl.constexpr = BLOCK_P * UNROLL
+        tiles = tl.cdiv(HW, WIDE_P)
+        # Backwards: what was read last is what the caches still have.
+        for tile in range(tiles):
+            b_pixel = (tiles - 1 - tile) * WIDE_P + tl.arange(0, WIDE_P)
             b_offsets = _offsets(b_pixel, b_c, C, HW, CHANNELS_LAST)
             m_tile = (b_pixel < HW)[:, None] & m_c[None, :]
-            b_s = _load_sum(p_x, p_residual, b_offsets, m_tile, b_pre)
+            b_s = _load_sum(p_x, p_residual, b_offsets, m_tile)
             _finish(
-                b_s, b_offsets, m_tile, b_mean, b_rstd, b_gain, b_offset, p_y, p_sum,
-                p_seed, threshold, keep_scale, n, first_c, b_pixel, C, HW, SILU, BLOCK_P, BLOCK_C,
+                b_s, b_offsets, m_tile, b_pre, b_shift, b_gain, b_offset, p_y, p_sum,
+                p_seed, threshold, keep_scale, n, first_c, b_pixel, C, HW, SILU, WIDE_P, BLOCK_C,
             )  # fmt: skip
 
 
@@ -210,6 +235,7 @@ def forward_statistics(
     pre_bias_row, c_units, hw_units, slabs, splits, chunk,
     VEC_C: tl.constexpr, VEC_P: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Mean and m2 of each channel in a chunk: (N, splits, 2, C); grid (N * slabs, splits)."""
     n = (tl.program_id(0) // slabs).to(tl.int64)
@@ -224,10 +250,10 @@ def forward_statistics(
     first = split * chunk
     last = tl.minimum(first + chunk, HW)
     b_mean, b_m2 = _channel_statistics(
-        p_x, p_residual, b_pre, b_c, m_c, first, last, C, HW, CHANNELS_LAST, BLOCK_P, BLOCK_C
+        p_x, p_residual, b_c, m_c, first, last, C, HW, CHANNELS_LAST, BLOCK_P, BLOCK_C, UNROLL
     )
     row = (n * splits + split) * 2 * C
-    tl.store(p_partial + row + b_c, b_mean, mask=m_c)
+    tl.store(p_partial + row + b_c, b_mean + b_pre, mask=m_c)
     tl.store(p_partial + row + C + b_c, b_m2, mask=m_c)
 
 
@@ -269,7 +295,7 @@ def forward_apply(
     threshold, keep_scale,
     VEC_C: tl.constexpr, VEC_P: tl.constexpr, CG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """y of one chunk of pixels and one block of channels; grid (N * slabs, splits)."""
     n = (tl.program_id(0) // slabs).to(tl.int64)
@@ -288,17 +314,19 @@ def forward_apply(
     b_mean = tl.load(p_mean + n * num_groups + b_c // CG, mask=m_c, other=0.0)
     b_rstd = tl.load(p_rstd + n * num_groups + b_c // CG, mask=m_c, other=0.0)
     b_scale = 1 + _slab(p_scale, n * scale_row, b_c, m_c, 0.0)
-    b_gain = _slab(p_weight, 0, b_c, m_c, 1.0) * b_scale
+    b_gain = _slab(p_weight, 0, b_c, m_c, 1.0) * b_scale * b_rstd
     b_offset = _slab(p_bias, 0, b_c, m_c, 0.0) * b_scale
     b_offset += _slab(p_shift, n * shift_row, b_c, m_c, 0.0)
+    b_shift = b_pre - b_mean
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, HW)
-    for start in range(first, last, BLOCK_P):
-        b_p = start + tl.arange(0, BLOCK_P)
+    WIDE_P: tl.constexpr = BLOCK_P * UNROLL
+    for start in range(first, last, WIDE_P):
+        b_p = start + tl.arange(0, WIDE_P)
         b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
         m_tile = (b_p < last)[:, None] & m_c[None, :]
-        b_s = _load_sum(p_x, p_residual, b_offsets, m_tile, b_pre)
+        b_s = _load_sum(p_x, p_residual, b_offsets, m_tile)
         _finish(
-            b_s, b_offsets, m_tile, b_mean, b_rstd, b_gain, b_offset, p_y, p_sum,
-            p_seed, threshold, keep_scale, n, first_c, b_p, C, HW, SILU, BLOCK_P, BLOCK_C,
+            b_s, b_offsets, m_tile, b_pre, b_shift, b_gain, b_offset, p_y, p_sum,
+            p_seed, threshold, keep_scale, n, first_c, b_p, C, HW, SILU, WIDE_P, BLOCK_C,
         )  # fmt: skip
