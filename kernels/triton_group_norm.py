@@ -90,14 +90,14 @@ def _plan(
     target = 2 * multiprocessors(device)
 
     unroll = asked.get("unroll", 1 if backward else 2)
-    registers = 4096 if backward else 8192
+    registers = asked.get("registers", 4096 if backward else 8192)
     one_tile = power_of_two(hw) * block_c <= registers
     split = slab > MAX_SLAB or (n * slabs < target and not one_tile)
     if asked.get("split", split) and (hw > 1 or slab > MAX_SLAB):
         return _split_plan(n, c, hw, size, channels_last, target, asked)
     if one_tile:
         block_p = power_of_two(hw)
-        warps = min(8, max(1, block_p * block_c // 1024))
+        warps = min(asked.get("num_warps", 8), max(1, block_p * block_c // 1024))
     else:
         slab_bytes = hw * slab * size
         warps = 16 if slab_bytes > 2**17 else 8 if slab_bytes > 2**15 else 4
