@@ -46,6 +46,8 @@ class Plan:
     block_c: int
     num_warps: int
     unroll: int = 1
+    wide: int = 1
+    stages: int = 1
 
 
 def plan(x: Tensor, num_groups: int, *, backward: bool, dropout: bool) -> Plan:
@@ -86,10 +88,12 @@ def _plan(
             break
     slab = slab_groups * group
     slabs = -(-num_groups // slab_groups)
-    block_c = max(8, power_of_two(slab))
+    # Dropout draws for whole blocks of eight channels.
+    block_c = max(8 if channels_last or dropout else 4, power_of_two(slab))
     target = 2 * multiprocessors(device)
 
-    unroll = asked.get("unroll", 1 if backward else 2)
+    unroll, stages = asked.get("unroll", 1 if backward else 2), asked.get("stages", 1)
+    wide = asked.get("wide", 1 if backward else 2)
     registers = asked.get("registers", 4096 if backward else 8192)
     one_tile = power_of_two(hw) * block_c <= registers
     split = slab > MAX_SLAB or (n * slabs < target and not one_tile)
@@ -104,7 +108,7 @@ def _plan(
         warps = asked.get("num_warps", warps)
         per_lane = asked.get("per_lane", 8)
         block_p = max(1, min(power_of_two(hw), warps * 32 * per_lane // block_c))
-    return Plan(slab_groups, slabs, 0, hw, one_tile, block_p, block_c, warps, unroll)
+    return Plan(slab_groups, slabs, 0, hw, one_tile, block_p, block_c, warps, unroll, wide, stages)
 
 
 def _split_plan(
@@ -116,15 +120,15 @@ def _split_plan(
     target: int,
     asked: Mapping[str, int],
 ) -> Plan:
-    block_c = min(max(8, power_of_two(c)), (128 if channels_last else 32) // size)
+    block_c = min(max(8, power_of_two(c)), asked.get("block_c", (128 if channels_last else 32) // size))
     warps = asked.get("num_warps", 4)
     block_p = warps * 32 * asked.get("per_lane", 8) // block_c
     block_p = min(max(16, block_p), max(16, power_of_two(hw)))
     slabs = -(-c // block_c)
     # Twice the multiprocessors' worth of programs, but no chunk below one tile.
-    splits = max(1, min(-(-2 * target // max(1, n * slabs)), -(-hw // block_p)))
+    splits = max(1, min(-(-asked.get("fill", 2) * target // max(1, n * slabs)), -(-hw // block_p)))
     chunk = -(-hw // (splits * block_p)) * block_p
-    return Plan(0, slabs, -(-hw // chunk), chunk, False, block_p, block_c, warps, asked.get("unroll", 1))
+    return Plan(0, slabs, -(-hw // chunk), chunk, False, block_p, block_c, warps, asked.get("unroll", 1), 1, asked.get("stages", 1))
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -188,7 +192,7 @@ def forward(
              "eps": eps, **dropout},
             {**shared, **tile, "SLAB_GROUPS": cut.slab_groups,
              "BLOCK_G": power_of_two(cut.slab_groups), "SILU": silu, "ONE_TILE": cut.one_tile,
-             "UNROLL": cut.unroll},
+             "UNROLL": cut.unroll, "WIDE_P": cut.block_p * cut.wide, "STAGES": cut.stages},
             num_warps=cut.num_warps,
         )  # fmt: skip
         return y, total, mean, rstd
@@ -200,7 +204,7 @@ def forward(
         forward_kernels.forward_statistics,
         grid,
         {**inputs, "p_partial": partial, **pre_row, **sizes, **slabs, **chunks},
-        {**vectors, **tile, "UNROLL": cut.unroll},
+        {**vectors, **tile, "UNROLL": cut.unroll, "STAGES": cut.stages},
         num_warps=cut.num_warps,
     )
     launch(
@@ -216,7 +220,7 @@ def forward(
         grid,
         {**inputs, **affine, "p_seed": seed, **outputs, **rows, **sizes, **slabs, **groups,
          "chunk": cut.chunk, **dropout},
-        {**shared, **tile, "SILU": silu, "UNROLL": cut.unroll},
+        {**shared, **tile, "SILU": silu, "STAGES": cut.stages},
         num_warps=cut.num_warps,
     )  # fmt: skip
     return y, total, mean, rstd
@@ -317,7 +321,7 @@ def _launch_backward(
              **dropout},
             {**shared, **tile, "SLAB_GROUPS": cut.slab_groups,
              "BLOCK_G": power_of_two(cut.slab_groups), "SILU": silu, "ONE_TILE": cut.one_tile,
-             "UNROLL": cut.unroll},
+             "UNROLL": cut.unroll, "WIDE_P": cut.block_p * cut.wide, "STAGES": cut.stages},
             num_warps=cut.num_warps,
         )  # fmt: skip
         return
@@ -331,7 +335,7 @@ def _launch_backward(
         {**inputs, "p_partial": partial, **rows, **sizes, **slabs, **groups, **splits,
          "chunk": cut.chunk, **dropout},
         {**shared, **tile, "SILU": silu, "PRE_BIAS": d_pre_bias is not None,
-         "UNROLL": cut.unroll},
+         "UNROLL": cut.unroll, "STAGES": cut.stages},
         num_warps=cut.num_warps,
     )  # fmt: skip
     launch(
@@ -348,7 +352,7 @@ def _launch_backward(
         grid,
         {**inputs, "p_moments": moments, "p_ds": ds, **rows, **sizes, **slabs, **groups,
          "chunk": cut.chunk, **dropout},
-        {**shared, **tile, "SILU": silu, "UNROLL": cut.unroll},
+        {**shared, **tile, "SILU": silu, "STAGES": cut.stages},
         num_warps=cut.num_warps,
     )  # fmt: skip
 

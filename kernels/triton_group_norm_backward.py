@@ -13,7 +13,15 @@ sum_n (1 + scale) * S2, d_pre_bias = sum ds = rstd * (a * S1 - HW * m1 - m2 * X1
 import triton
 import triton.language as tl
 
-from .triton_group_norm_forward import _keep, _members, _offsets, _per_channel, _per_group, _slab
+from .triton_group_norm_forward import (
+    _keep,
+    _members,
+    _offset,
+    _offsets,
+    _per_channel,
+    _per_group,
+    _slab,
+)
 from .triton_math import tanh
 
 
@@ -23,12 +31,14 @@ def _load_tile(
     threshold, keep_scale, n, first_c, b_p, C, HW,
     SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """(s - mean, dz, with SiLU doubled) of one tile in fp32; outside dz is 0, s - mean is not.
+    """(s, in fp32 s - mean, and dz, with SiLU doubled) of one tile; dz is 0 outside of it.
 
     With h = z / 2 and t = tanh(h), silu'(z) = (1 + t + h * (1 - t^2)) / 2. So b_gain and b_offset
     are those of h, and the half of dz is left to what sums it up.
     """
-    b_d = tl.load(p_s + b_offsets, mask=m_tile, other=0.0).to(tl.float32) + b_shift[None, :]
+    b_d = tl.load(p_s + b_offsets, mask=m_tile, other=0.0).to(tl.float32)
+    if p_s.dtype.element_ty == tl.float32:
+        b_d += b_shift[None, :]
     b_dz = tl.load(p_dy + b_offsets, mask=m_tile, other=0.0).to(tl.float32)
     if p_seed is not None:
         m_keep = _keep(p_seed, threshold, n, first_c, b_p, C, HW, BLOCK_P, BLOCK_C)
@@ -45,14 +55,14 @@ def _channel_sums(
     p_s, p_dy, p_d_sum, p_seed, b_c, m_c, first, last, b_shift, b_gain, b_offset,
     threshold, keep_scale, n, first_c, C, HW,
     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRE_BIAS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums of b_dz, b_dz * b_d, b_d and d_sum of each channel over the pixels first..last-1."""
     b_s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     b_s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     b_x1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     b_d1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for start in range(first, last, BLOCK_P * UNROLL):
+    for start in tl.range(first, last, BLOCK_P * UNROLL, num_stages=STAGES):
         for tile in tl.static_range(UNROLL):
             b_p = start + tile * BLOCK_P + tl.arange(0, BLOCK_P)
             m_tile = (b_p < last)[:, None] & m_c[None, :]
@@ -128,7 +138,8 @@ def backward_fused(
     threshold, keep_scale,
     VEC_C: tl.constexpr, VEC_P: tl.constexpr, CG: tl.constexpr, SLAB_GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ONE_TILE: tl.constexpr, UNROLL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ONE_TILE: tl.constexpr,
+    UNROLL: tl.constexpr, WIDE_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program = one slab of SLAB_GROUPS groups of one sample; grid (N * slabs,)."""
     n = (tl.program_id(0) // slabs).to(tl.int64)
@@ -149,6 +160,7 @@ def backward_fused(
         p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
         pre_bias_row, scale_row, shift_row, num_groups, n, b_c, m_c, CG, SILU,
     )  # fmt: skip
+    b_offset = _offset(p_s, b_shift, b_gain, b_offset)
     if ONE_TILE:
         b_p = tl.arange(0, BLOCK_P)
         b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
@@ -162,14 +174,18 @@ def backward_fused(
         b_s1, b_s2, _, _ = _channel_sums(
             p_s, p_dy, None, p_seed, b_c, m_c, 0, HW, b_shift, b_gain, b_offset,
             threshold, keep_scale, n, first_c, C, HW,
-            SILU, CHANNELS_LAST, False, BLOCK_P, BLOCK_C, UNROLL,
+            SILU, CHANNELS_LAST, False, BLOCK_P, BLOCK_C, UNROLL, STAGES,
         )  # fmt: skip
 
+    if p_s.dtype.element_ty != tl.float32:
+        b_s2 += b_shift * b_s1
     m_members = _members(CG, BLOCK_C, BLOCK_G)
     # b_gain = rstd * a, halved where b_dz is doubled.
     b_m1 = _per_channel(_per_group(b_gain * b_s1, m_members) / (CG * HW), m_members)
     b_m2 = _per_channel(_per_group(b_gain * b_s2, m_members) / (CG * HW), m_members)
     b_slope, b_constant = -b_rstd * b_rstd * b_m2, -b_m1
+    if p_s.dtype.element_ty != tl.float32:
+        b_constant += b_slope * b_shift
     _store_channels(
         p_weight, p_bias, p_d_affine, p_d_scale, p_d_shift, samples * C, n * C, b_c, m_c,
         _once(b_s1, SILU), _once(b_s2, SILU) * b_rstd, b_scale,
@@ -180,11 +196,10 @@ def backward_fused(
             p_ds, p_d_sum, b_offsets, m_tile, b_d, b_dz, b_gain, b_slope, b_constant
         )
     else:
-        WIDE_P: tl.constexpr = BLOCK_P * UNROLL
         tiles = tl.cdiv(HW, WIDE_P)
         b_total = tl.zeros([WIDE_P, BLOCK_C], tl.float32)
         # Backwards: what was read last is what the caches still have.
-        for tile in range(tiles):
+        for tile in tl.range(0, tiles, num_stages=STAGES):
             b_pixel = (tiles - 1 - tile) * WIDE_P + tl.arange(0, WIDE_P)
             b_offsets = _offsets(b_pixel, b_c, C, HW, CHANNELS_LAST)
             m_tile = (b_pixel < HW)[:, None] & m_c[None, :]
@@ -208,7 +223,7 @@ def backward_sums(
     VEC_C: tl.constexpr, VEC_P: tl.constexpr, CG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, PRE_BIAS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """S1, S2, X1, sum d_sum of each channel in a chunk: (N, splits, 4, C)."""
     n = (tl.program_id(0) // slabs).to(tl.int64)
@@ -225,12 +240,16 @@ def backward_sums(
         p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
         pre_bias_row, scale_row, shift_row, num_groups, n, b_c, m_c, CG, SILU,
     )  # fmt: skip
+    b_offset = _offset(p_s, b_shift, b_gain, b_offset)
     first = split * chunk
     b_s1, b_s2, b_x1, b_d1 = _channel_sums(
         p_s, p_dy, p_d_sum, p_seed, b_c, m_c, first, tl.minimum(first + chunk, HW),
         b_shift, b_gain, b_offset, threshold, keep_scale, n, first_c, C, HW,
-        SILU, CHANNELS_LAST, PRE_BIAS, BLOCK_P, BLOCK_C, UNROLL,
+        SILU, CHANNELS_LAST, PRE_BIAS, BLOCK_P, BLOCK_C, UNROLL, STAGES,
     )  # fmt: skip
+    if p_s.dtype.element_ty != tl.float32:
+        b_s2 += b_shift * b_s1
+        b_x1 += b_shift * (tl.minimum(first + chunk, HW) - first)
     row = (n * splits + split) * 4 * C
     tl.store(p_partial + row + b_c, _once(b_s1, SILU), mask=m_c)
     tl.store(p_partial + row + C + b_c, _once(b_s2, SILU) * b_rstd, mask=m_c)
@@ -288,7 +307,7 @@ def backward_apply(
     threshold, keep_scale,
     VEC_C: tl.constexpr, VEC_P: tl.constexpr, CG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, UNROLL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """ds of one chunk of pixels and one block of channels; grid (N * slabs, splits)."""
     n = (tl.program_id(0) // slabs).to(tl.int64)
@@ -305,18 +324,20 @@ def backward_apply(
         p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
         pre_bias_row, scale_row, shift_row, num_groups, n, b_c, m_c, CG, SILU,
     )  # fmt: skip
+    b_offset = _offset(p_s, b_shift, b_gain, b_offset)
     b_row = 2 * (n * num_groups + b_c // CG)
     b_constant = -b_rstd * tl.load(p_moments + b_row, mask=m_c, other=0.0)
     b_slope = -b_rstd * b_rstd * tl.load(p_moments + b_row + 1, mask=m_c, other=0.0)
+    if p_s.dtype.element_ty != tl.float32:
+        b_constant += b_slope * b_shift
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, HW)
-    WIDE_P: tl.constexpr = BLOCK_P * UNROLL
-    for start in range(first, last, WIDE_P):
-        b_p = start + tl.arange(0, WIDE_P)
+    for start in tl.range(first, last, BLOCK_P, num_stages=STAGES):
+        b_p = start + tl.arange(0, BLOCK_P)
         b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
         m_tile = (b_p < last)[:, None] & m_c[None, :]
         b_d, b_dz = _load_tile(
             p_s, p_dy, p_seed, b_offsets, m_tile, b_shift, b_gain, b_offset,
-            threshold, keep_scale, n, first_c, b_p, C, HW, SILU, WIDE_P, BLOCK_C,
+            threshold, keep_scale, n, first_c, b_p, C, HW, SILU, BLOCK_P, BLOCK_C,
         )  # fmt: skip
         _store_ds(p_ds, p_d_sum, b_offsets, m_tile, b_d, b_dz, b_gain, b_slope, b_constant)

@@ -247,7 +247,8 @@ def test_a_plan_covers_everything_once(
     cut = module.plan(x, num_groups, backward=backward, dropout=dropout)
     for number in (cut.block_p, cut.block_c, cut.num_warps):
         assert number >= 1 and number & (number - 1) == 0
-    assert cut.block_c >= 8 and cut.num_warps <= 16
+    wide = 8 if dropout or layout is torch.channels_last else 4
+    assert cut.block_c >= wide and cut.num_warps <= 16
     assert cut.block_p * cut.block_c <= 16384
     if cut.splits:
         assert cut.slabs * cut.block_c >= c > (cut.slabs - 1) * cut.block_c
