@@ -35,8 +35,8 @@ _DEFAULT: Mapping[str, int] = {}
 # choice.
 _NORMS = (
     _DEFAULT,
-    *({"split": 0, "num_warps": w, "per_lane": p} for w in (4, 8, 16) for p in (8, 16)),
-    *({"split": 1, "num_warps": 4, "per_lane": p} for p in (8, 16)),
+    *({"split": 0, "num_warps": w, "stages": s} for w in (4, 8, 16) for s in (1, 3)),
+    *({"split": 1, "num_warps": w, "unroll": u} for w in (4, 8) for u in (1, 2)),
 )
 _ATTENTIONS = (_DEFAULT, *({"num_warps": w, "num_stages": s} for w in (4, 8) for s in (1, 2, 3)))
 

@@ -17,6 +17,12 @@ from .launch import launch, multiprocessors, power_of_two
 
 # The widest slab of whole groups one program takes; wider groups are split.
 MAX_SLAB = 512
+# Elements of a tile that is read once and stays in registers, four warps' worth.
+_IN_REGISTERS = 4096
+# Elements of a tile for each thread: a vector of 16 bytes in 16 bits.
+_PER_LANE = 8
+# Bytes of a slab that a GPU's L2 holds as often as programs run side by side.
+_IN_L2 = 2**17
 # One program combines all channels of a group, in the split regime.
 MAX_GROUP = 8192
 
@@ -35,7 +41,11 @@ def why_not(x: Tensor, num_groups: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one tensor is cut up; `splits` 0 is the fused regime."""
+    """How one tensor is cut up; `splits` 0 is the fused regime.
+
+    unroll: tiles whose loads are on their way together. stages: how many of these a loop fetches
+    ahead into shared memory, 1 for none.
+    """
 
     slab_groups: int
     slabs: int
@@ -45,16 +55,16 @@ class Plan:
     block_p: int
     block_c: int
     num_warps: int
-    unroll: int = 1
-    wide: int = 1
-    stages: int = 1
+    unroll: int
+    stages: int
 
 
 def plan(x: Tensor, num_groups: int, *, backward: bool, dropout: bool) -> Plan:
     """Choose regime, blocks and warps for x (N, C, H, W).
 
-    A slab is at least 64 bytes of channels wide in whole 16-byte vectors. It stays in registers if
-    it fits; else few large programs run side by side, so that what they read twice fits in L2.
+    A slab is at least 64 bytes of channels wide, or 32 if it then stays in registers, in whole
+    16-byte vectors. Slabs of channels_last that are too large for what runs side by side to stay in
+    L2 are read twice from memory anyway, which whole rows do faster: they are split.
     """
     # Its answer is remembered: working it out costs the host as much as launching the kernel.
     return _plan(
@@ -74,41 +84,50 @@ def _plan(
 ) -> Plan:
     n, c, h, w = shape
     hw, group, size = h * w, c // num_groups, dtype.itemsize
-    vector = math.gcd(c, 16 // size)
-    name = tuned.group_norm_class(dtype, contiguous, shape[1:], backward)
-    asked = tuned.configuration("group_norm", device, f"{name}/{group}") or {}
+    # With one pixel both layouts are the same memory, whose fast axis is the channels'.
     channels_last = not contiguous or hw == 1
-    slab_groups = num_groups
-    for count in range(1, num_groups):
-        width = count * group
-        wide_enough = width * size >= asked.get("width", 64) or (not channels_last and width * hw * size >= 4096)
-        # Dropout draws for whole blocks of eight channels.
-        if wide_enough and width % (8 if dropout else vector) == 0:
-            slab_groups = count
-            break
+    # Dropout draws for whole blocks of eight channels.
+    multiple = 8 if dropout else math.gcd(c, 16 // size)
+    narrowest = 8 if channels_last or dropout else 4
+
+    def width(bytes_wide: int) -> int:
+        """Groups of the narrowest slab that may be so narrow."""
+        for count in range(1, num_groups):
+            slab = count * group
+            wide = slab * size >= bytes_wide or (not channels_last and slab * hw * size >= 4096)
+            if wide and slab % multiple == 0:
+                return count
+        return num_groups
+
+    def in_registers(slab_groups: int) -> bool:
+        block = max(narrowest, power_of_two(slab_groups * group))
+        return power_of_two(hw) * block <= _IN_REGISTERS
+
+    slab_groups = width(64)
+    if not in_registers(slab_groups) and in_registers(width(32)):
+        slab_groups = width(32)
+    one_tile = in_registers(slab_groups)
     slab = slab_groups * group
     slabs = -(-num_groups // slab_groups)
-    # Dropout draws for whole blocks of eight channels.
-    block_c = max(8 if channels_last or dropout else 4, power_of_two(slab))
     target = 2 * multiprocessors(device)
-
-    unroll, stages = asked.get("unroll", 1 if backward else 2), asked.get("stages", 1)
-    wide = asked.get("wide", 1 if backward else 2)
-    registers = asked.get("registers", 4096 if backward else 8192)
-    one_tile = power_of_two(hw) * block_c <= registers
-    split = slab > MAX_SLAB or (n * slabs < target and not one_tile)
-    if asked.get("split", split) and (hw > 1 or slab > MAX_SLAB):
-        return _split_plan(n, c, hw, size, channels_last, target, asked)
+    too_few = n * slabs < target and not one_tile
+    too_large = channels_last and hw * slab * size > _IN_L2
+    name = tuned.group_norm_class(dtype, contiguous, shape[1:], backward)
+    asked = tuned.configuration("group_norm", device, f"{name}/{group}") or {}
+    split = slab > MAX_SLAB or asked.get("split", too_few or too_large)
+    if split and (hw > 1 or slab > MAX_SLAB):
+        return _split_plan(n, c, hw, size, channels_last, target, backward, asked)
+    block_c = max(narrowest, power_of_two(slab))
     if one_tile:
         block_p = power_of_two(hw)
-        warps = min(asked.get("num_warps", 8), max(1, block_p * block_c // 1024))
-    else:
-        slab_bytes = hw * slab * size
-        warps = 16 if slab_bytes > 2**17 else 8 if slab_bytes > 2**15 else 4
-        warps = asked.get("num_warps", warps)
-        per_lane = asked.get("per_lane", 8)
-        block_p = max(1, min(power_of_two(hw), warps * 32 * per_lane // block_c))
-    return Plan(slab_groups, slabs, 0, hw, one_tile, block_p, block_c, warps, unroll, wide, stages)
+        warps = max(1, block_p * block_c // 1024)
+        return Plan(slab_groups, slabs, 0, hw, True, block_p, block_c, warps, 1, 1)
+    slab_bytes = hw * slab * size
+    warps = 16 if slab_bytes > _IN_L2 else 8 if slab_bytes > 2**15 else 4
+    warps = asked.get("num_warps", warps)
+    block_p = max(1, min(power_of_two(hw), warps * 32 * _PER_LANE // block_c))
+    unroll, stages = asked.get("unroll", 2), asked.get("stages", 3)
+    return Plan(slab_groups, slabs, 0, hw, False, block_p, block_c, warps, unroll, stages)
 
 
 def _split_plan(
@@ -118,17 +137,18 @@ def _split_plan(
     size: int,
     channels_last: bool,
     target: int,
+    backward: bool,
     asked: Mapping[str, int],
 ) -> Plan:
-    block_c = min(max(8, power_of_two(c)), asked.get("block_c", (128 if channels_last else 32) // size))
-    warps = asked.get("num_warps", 4)
-    block_p = warps * 32 * asked.get("per_lane", 8) // block_c
-    block_p = min(max(16, block_p), max(16, power_of_two(hw)))
+    block_c = min(max(8, power_of_two(c)), (256 if channels_last else 32) // size)
+    warps = asked.get("num_warps", 8 if channels_last and backward and c >= 256 else 4)
+    block_p = min(max(16, warps * 32 * _PER_LANE // block_c), max(16, power_of_two(hw)))
     slabs = -(-c // block_c)
     # Twice the multiprocessors' worth of programs, but no chunk below one tile.
-    splits = max(1, min(-(-asked.get("fill", 2) * target // max(1, n * slabs)), -(-hw // block_p)))
+    splits = max(1, min(-(-2 * target // max(1, n * slabs)), -(-hw // block_p)))
     chunk = -(-hw // (splits * block_p)) * block_p
-    return Plan(0, slabs, -(-hw // chunk), chunk, False, block_p, block_c, warps, asked.get("unroll", 1), 1, asked.get("stages", 1))
+    unroll, stages = asked.get("unroll", 2 if backward else 1), asked.get("stages", 3)
+    return Plan(0, slabs, -(-hw // chunk), chunk, False, block_p, block_c, warps, unroll, stages)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -177,6 +197,7 @@ def forward(
     threshold, keep_scale = reference.dropout_constants(dropout_p)
     layout = {"CHANNELS_LAST": _is_channels_last(x)}
     tile = {"BLOCK_P": cut.block_p, "BLOCK_C": cut.block_c, **layout}
+    loops = {"UNROLL": cut.unroll, "STAGES": cut.stages}
     inputs = {"p_x": x, "p_residual": residual, "p_pre_bias": pre_bias}
     affine = {"p_weight": weight, "p_bias": bias, "p_scale": scale, "p_shift": shift}
     outputs = {"p_y": y, "p_sum": total, "p_mean": mean, "p_rstd": rstd}
@@ -192,7 +213,7 @@ def forward(
              "eps": eps, **dropout},
             {**shared, **tile, "SLAB_GROUPS": cut.slab_groups,
              "BLOCK_G": power_of_two(cut.slab_groups), "SILU": silu, "ONE_TILE": cut.one_tile,
-             "UNROLL": cut.unroll, "WIDE_P": cut.block_p * cut.wide, "STAGES": cut.stages},
+             **loops},
             num_warps=cut.num_warps,
         )  # fmt: skip
         return y, total, mean, rstd
@@ -204,7 +225,7 @@ def forward(
         forward_kernels.forward_statistics,
         grid,
         {**inputs, "p_partial": partial, **pre_row, **sizes, **slabs, **chunks},
-        {**vectors, **tile, "UNROLL": cut.unroll, "STAGES": cut.stages},
+        {**vectors, **tile, **loops},
         num_warps=cut.num_warps,
     )
     launch(
@@ -299,6 +320,7 @@ def _launch_backward(
         "BLOCK_C": cut.block_c,
         "CHANNELS_LAST": _is_channels_last(s),
     }
+    loops = {"UNROLL": cut.unroll, "STAGES": cut.stages}
     inputs = {
         "p_dy": dy, "p_d_sum": d_sum, "p_s": s, "p_pre_bias": pre_bias, "p_weight": weight,
         "p_bias": bias, "p_scale": scale, "p_shift": shift, "p_seed": seed, "p_mean": mean,
@@ -321,7 +343,7 @@ def _launch_backward(
              **dropout},
             {**shared, **tile, "SLAB_GROUPS": cut.slab_groups,
              "BLOCK_G": power_of_two(cut.slab_groups), "SILU": silu, "ONE_TILE": cut.one_tile,
-             "UNROLL": cut.unroll, "WIDE_P": cut.block_p * cut.wide, "STAGES": cut.stages},
+             **loops},
             num_warps=cut.num_warps,
         )  # fmt: skip
         return
@@ -335,7 +357,7 @@ def _launch_backward(
         {**inputs, "p_partial": partial, **rows, **sizes, **slabs, **groups, **splits,
          "chunk": cut.chunk, **dropout},
         {**shared, **tile, "SILU": silu, "PRE_BIAS": d_pre_bias is not None,
-         "UNROLL": cut.unroll, "STAGES": cut.stages},
+         **loops},
         num_warps=cut.num_warps,
     )  # fmt: skip
     launch(

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .triton_group_norm_forward import (
     _keep,
+    _last_first,
     _members,
     _offset,
     _offsets,
@@ -139,11 +140,10 @@ def backward_fused(
     VEC_C: tl.constexpr, VEC_P: tl.constexpr, CG: tl.constexpr, SLAB_GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ONE_TILE: tl.constexpr,
-    UNROLL: tl.constexpr, WIDE_P: tl.constexpr, STAGES: tl.constexpr,
+    UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program = one slab of SLAB_GROUPS groups of one sample; grid (N * slabs,)."""
-    n = (tl.program_id(0) // slabs).to(tl.int64)
-    slab = tl.program_id(0) % slabs
+    n, slab = _last_first(slabs)
     C, HW = c_units * VEC_C, hw_units * VEC_P
     first_c = slab * (SLAB_GROUPS * CG)
     b_slot = tl.arange(0, BLOCK_C)
@@ -196,6 +196,7 @@ def backward_fused(
             p_ds, p_d_sum, b_offsets, m_tile, b_d, b_dz, b_gain, b_slope, b_constant
         )
     else:
+        WIDE_P: tl.constexpr = BLOCK_P * UNROLL
         tiles = tl.cdiv(HW, WIDE_P)
         b_total = tl.zeros([WIDE_P, BLOCK_C], tl.float32)
         # Backwards: what was read last is what the caches still have.
@@ -226,10 +227,10 @@ def backward_sums(
     UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """S1, S2, X1, sum d_sum of each channel in a chunk: (N, splits, 4, C)."""
-    n = (tl.program_id(0) // slabs).to(tl.int64)
-    split = tl.program_id(1)
+    n, slab = _last_first(slabs)
+    split = tl.num_programs(1) - 1 - tl.program_id(1)
     C, HW = c_units * VEC_C, hw_units * VEC_P
-    first_c = tl.program_id(0) % slabs * BLOCK_C
+    first_c = slab * BLOCK_C
     b_c = first_c + tl.arange(0, BLOCK_C)
     m_c = b_c < C
     p_s += n * C * HW

@@ -68,30 +68,22 @@ def _channel_statistics(
     A lane sums what its elements differ from its first one. Were that an outlier, its own share of
     the squared deviations would be as large as what it makes inexact.
     """
-    b_lane = tl.arange(0, BLOCK_P)
-    m_tile = (first + b_lane < last)[:, None] & m_c[None, :]
-    b_offsets = _offsets(first + b_lane, b_c, C, HW, CHANNELS_LAST)
+    b_first = first + tl.arange(0, BLOCK_P)
+    m_tile = (b_first < last)[:, None] & m_c[None, :]
+    b_offsets = _offsets(b_first, b_c, C, HW, CHANNELS_LAST)
     b_base = _load_sum(p_x, p_residual, b_offsets, m_tile)
     b_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     b_square = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    # Whole tiles need no mask over the pixels, whose zeros would have to be taken out again.
-    whole = last - (last - first) % (BLOCK_P * UNROLL)
-    for start in tl.range(first, whole, BLOCK_P * UNROLL, num_stages=STAGES):
+    for start in tl.range(0, last - first, BLOCK_P * UNROLL, num_stages=STAGES):
         for tile in tl.static_range(UNROLL):
-            b_p = start + tile * BLOCK_P + b_lane
+            b_p = b_first + start + tile * BLOCK_P
+            # Past the end a lane reads its first element again, which changes neither sum.
+            b_p = tl.where(b_p < last, b_p, b_first)
             b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
-            b_delta = _load_sum(p_x, p_residual, b_offsets, m_c[None, :]) - b_base
+            b_delta = _load_sum(p_x, p_residual, b_offsets, m_tile) - b_base
             b_sum += b_delta
             b_square += b_delta * b_delta
-    for start in range(whole, last, BLOCK_P):
-        b_p = start + b_lane
-        m_tile = (b_p < last)[:, None] & m_c[None, :]
-        b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
-        b_delta = _load_sum(p_x, p_residual, b_offsets, m_tile) - b_base
-        b_delta = tl.where(m_tile, b_delta, 0.0)
-        b_sum += b_delta
-        b_square += b_delta * b_delta
-    b_count = ((last - first - b_lane + BLOCK_P - 1) // BLOCK_P).to(tl.float32)
+    b_count = ((last - b_first + BLOCK_P - 1) // BLOCK_P).to(tl.float32)
     b_mean = b_sum / tl.maximum(b_count, 1.0)[:, None]
     b_m2 = tl.maximum(b_square - b_sum * b_mean, 0.0)
     return _combine_lanes(b_base + b_mean, b_m2, b_count, (last - first) * 1.0)
@@ -168,6 +160,17 @@ def _finish(
 
 
 @triton.jit
+def _last_first(slabs):
+    """(sample, slab) of this program, counted from the end.
+
+    What the kernel before wrote last is read first and what is written last is what the one after
+    reads first: caches still have it.
+    """
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    return (program // slabs).to(tl.int64), program % slabs
+
+
+@triton.jit
 def forward_fused(
     p_x, p_residual, p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_seed,
     p_y, p_sum, p_mean, p_rstd,
@@ -176,11 +179,10 @@ def forward_fused(
     VEC_C: tl.constexpr, VEC_P: tl.constexpr, CG: tl.constexpr, SLAB_GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ONE_TILE: tl.constexpr,
-    UNROLL: tl.constexpr, WIDE_P: tl.constexpr, STAGES: tl.constexpr,
+    UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program = one slab of SLAB_GROUPS groups of one sample; grid (N * slabs,)."""
-    n = (tl.program_id(0) // slabs).to(tl.int64)
-    slab = tl.program_id(0) % slabs
+    n, slab = _last_first(slabs)
     C, HW = c_units * VEC_C, hw_units * VEC_P
     first_c = slab * (SLAB_GROUPS * CG)
     b_slot = tl.arange(0, BLOCK_C)
@@ -208,6 +210,10 @@ def forward_fused(
         )  # fmt: skip
     b_mean_c += b_pre
 
+    b_scale = 1 + _slab(p_scale, n * scale_row, b_c, m_c, 0.0)
+    b_gain = _slab(p_weight, 0, b_c, m_c, 1.0) * b_scale
+    b_offset = _slab(p_bias, 0, b_c, m_c, 0.0) * b_scale
+    b_offset += _slab(p_shift, n * shift_row, b_c, m_c, 0.0)
     m_members = _members(CG, BLOCK_C, BLOCK_G)
     b_mean_g = _per_group(b_mean_c, m_members) / CG
     b_mean = _per_channel(b_mean_g, m_members)
@@ -221,10 +227,7 @@ def forward_fused(
     tl.store(p_mean + row + b_g, b_mean_g, mask=m_g)
     tl.store(p_rstd + row + b_g, b_rstd_g, mask=m_g)
 
-    b_scale = 1 + _slab(p_scale, n * scale_row, b_c, m_c, 0.0)
-    b_gain = _slab(p_weight, 0, b_c, m_c, 1.0) * b_scale * b_rstd
-    b_offset = _slab(p_bias, 0, b_c, m_c, 0.0) * b_scale
-    b_offset += _slab(p_shift, n * shift_row, b_c, m_c, 0.0)
+    b_gain *= b_rstd
     b_shift = b_pre - b_mean
     b_offset = _offset(p_x, b_shift, b_gain, b_offset)
     if ONE_TILE:
@@ -233,6 +236,7 @@ def forward_fused(
             p_seed, threshold, keep_scale, n, first_c, b_p, C, HW, SILU, BLOCK_P, BLOCK_C,
         )  # fmt: skip
     else:
+        WIDE_P: tl.constexpr = BLOCK_P * UNROLL
         tiles = tl.cdiv(HW, WIDE_P)
         # Backwards: what was read last is what the caches still have.
         for tile in tl.range(0, tiles, num_stages=STAGES):
@@ -255,10 +259,10 @@ def forward_statistics(
     UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mean and m2 of each channel in a chunk: (N, splits, 2, C); grid (N * slabs, splits)."""
-    n = (tl.program_id(0) // slabs).to(tl.int64)
-    split = tl.program_id(1)
+    n, slab = _last_first(slabs)
+    split = tl.num_programs(1) - 1 - tl.program_id(1)
     C, HW = c_units * VEC_C, hw_units * VEC_P
-    b_c = tl.program_id(0) % slabs * BLOCK_C + tl.arange(0, BLOCK_C)
+    b_c = slab * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = b_c < C
     p_x += n * C * HW
     if p_residual is not None:
