@@ -83,7 +83,7 @@ def _channel_sums(
 
 @triton.jit
 def _store_ds(p_ds, p_d_sum, b_offsets, m_tile, b_d, b_dz, b_gain, b_slope, b_constant):
-    """ds = rstd * (a * dz - m1 - xhat * m2) + d_sum, as b_gain * b_dz + b_slope * b_d + b_constant."""
+    """Write rstd * (a * dz - m1 - xhat * m2) + d_sum, and return it; linear in b_dz and b_d."""
     b_ds = b_gain[None, :] * b_dz + (b_slope[None, :] * b_d + b_constant[None, :])
     if p_d_sum is not None:
         b_ds += tl.load(p_d_sum + b_offsets, mask=m_tile, other=0.0).to(tl.float32)

@@ -1,7 +1,8 @@
 """Functions that a GPU has in one instruction and Triton has no name for.
 
-Triton's own division and tanh cost five and more, which a kernel that waits for memory cannot hide.
-The interpreter, which knows no machine code, and other makes of GPU compute the same with operators.
+Triton's own division and tanh cost five and more, which is what most of a group norm's instructions
+would be for. The interpreter, which knows no machine code, and other makes of GPU compute the same
+with operators.
 """
 
 import os

@@ -532,8 +532,10 @@ def test_the_difference_of_two_shares():
             {"way": "ours", "images": 20, "aligned": 6, "seconds": 2.0},
             {"way": "authors", "images": 80, "aligned": 48, "seconds": 8.0}]  # fmt: skip
     text = aligned.summary(rows, SamplingConfig(steps=7))
-    assert "56 of 70 aligned" in text and "7 steps" in text and "0.100 s an image" in text
-    assert text.endswith("difference +20.0 points, 95 % interval +5.2 to +33.4: does NOT hold 0")
+    assert "56 of 70 aligned" in text and "7 steps" in text and "0.1000 s an image" in text
+    assert text.endswith(
+        "ours - authors: +20.0 points, 95 % interval +5.2 to +33.4: does NOT hold 0"
+    )
 
 
 def test_the_suite_takes_the_cpu_where_there_is_no_gpu():
