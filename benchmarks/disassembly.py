@@ -156,7 +156,7 @@ _OPCODE = re.compile(
 
 
 def count_opcodes(sass: str) -> dict[str, int]:
-    """Count instructions by opcode, the memory ones with their width: {"LDG.128": 3, "BAR": 1}."""
+    """Count instructions by opcode, of memory with their width: {"LDG.128": 3, "MUFU.EX2": 1}."""
     counts: Counter[str] = Counter()
     for line in sass.splitlines():
         if match := _OPCODE.match(line):
@@ -164,6 +164,8 @@ def count_opcodes(sass: str) -> dict[str, int]:
             if opcode in ("LDG", "STG", "LDL", "STL"):
                 width = next((s for s in suffixes if s in ("128", "64", "U16", "U8")), "32")
                 opcode = f"{opcode}.{width}"
+            elif opcode == "MUFU":
+                opcode = f"{opcode}.{suffixes[1]}"
             counts[opcode] += 1
     return dict(counts)
 

@@ -7,7 +7,8 @@ One line per variant and architecture, then the violations; exit 1 if there are 
 * bf16 and fp16: no spills, and every operand whose contiguous dimension is a multiple of 8 is read
   and written 16 bytes at a time;
 * sm_90: every product with at least 64 rows runs on warp group matrix instructions (HGMMA);
-* fp32: products are `ieee` or `tf32x3`, never Triton's default; spills are printed, not forbidden;
+* fp32: products are `ieee` or `tf32x3`, never Triton's default, and no tanh of 11 bits; spills are
+  printed, not forbidden;
 * shared memory fits.
 """
 
@@ -49,6 +50,8 @@ def violations(variant: Variant, arch: str, facts: Facts) -> list[str]:
     if arch == "sm_90" and facts.opcodes.get("HGMMA", 0) < large:
         found.append(f"{large} products with 64 rows or more, {_count(facts, 'HGMMA')} HGMMA")
     if not variant.half:
+        if _count(facts, "MUFU.TANH"):
+            found.append("fp32 with a tanh that is good to 2^-11")
         return found
     if facts.spills:
         found.append(f"{facts.spills} spills")

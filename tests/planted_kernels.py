@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ddb_fast.kernels.launch import Launch
+from ddb_fast.kernels.triton_math import tanh
 
 
 @triton.jit
@@ -56,6 +57,13 @@ def broken(p_x, p_y, BLOCK: tl.constexpr):
     tl.store(p_y + tl.arange(0, BLOCK), tl.load(p_x + tl.arange(0, 2 * BLOCK)))
 
 
+@triton.jit
+def coarse(p_x, p_y, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    y = tanh(tl.load(p_x + offsets), True)
+    tl.store(p_y + offsets, y)
+
+
 def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
@@ -77,6 +85,7 @@ def launches() -> dict[str, Launch]:
         "fp32 default": Launch(product, (1,), fp32, dot, 4, 1),
         "fp32 ieee": Launch(product, (1,), fp32, {**dot, "PRECISION": "ieee"}, 4, 1),
         "fp32 tf32x3": Launch(product, (1,), fp32, {**dot, "PRECISION": "tf32x3"}, 4, 1),
+        "fp32 tanh": Launch(coarse, (1,), fp32, {"BLOCK": 1024}, 4, 1),
         "HGMMA": Launch(product, (1,), pair, dot, 4, 1),
         "broken": Launch(broken, (1,), pair, {"BLOCK": 64}, 4, 1),
         # Warp group instructions need four warps.

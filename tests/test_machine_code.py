@@ -38,6 +38,7 @@ def planted():
         ("narrow", ["p_x is moved [16] bits at a time", "p_y is moved [16] bits at a time"]),
         ("narrow stores", ["p_y is moved [16] bits at a time"]),
         ("fp32 default", ["fp32 product with tf32: write out ieee or tf32x3"]),
+        ("fp32 tanh", ["fp32 with a tanh that is good to 2^-11"]),
         ("no HGMMA", ["1 products with 64 rows or more, 0 HGMMA"]),
         ("shared memory", ["8192 bytes of shared memory, sm_90 has 4096"]),
     ),

@@ -8,10 +8,12 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddb_fast.kernels import group_norm, reference, triton_backend
+from ddb_fast.kernels import group_norm, reference, triton_backend, triton_math
 from ddb_fast.kernels import launch as launching
 from ddb_fast.kernels import triton_group_norm as module
 from memory import fenced, poisoned
@@ -140,6 +142,17 @@ def test_mean_of_a_thousand_deviations(regime, layout):
 
 
 @layouts
+def test_a_first_pixel_far_from_all_others(regime, layout):
+    x = torch.randn(2, 8, 9, 9)
+    x[:, :, 0, 0] = 1e4
+    y = group_norm(x.contiguous(memory_format=layout), 2, backend="triton")
+    truth = torch.nn.functional.group_norm(x.double(), 2)
+    others = truth.flatten(2)[:, :, 1:]
+    assert errors([y], [truth])[0] <= 2e-6
+    assert errors([y.flatten(2)[:, :, 1:]], [others])[0] <= 2e-5
+
+
+@layouts
 def test_two_runs_are_bitwise_equal(regime, layout):
     tensors = operands(*SHAPE, layout)
     first, second = (run(tensors, 4, "triton", dropout_p=0.3) for _ in range(2))
@@ -225,6 +238,43 @@ def test_refusals():
         group_norm(wide, 1, backend="triton")
     huge = torch.empty(1, device="meta").expand(1, 2**15, 2**8, 2**8)
     assert "2147483648" in module.why_not(huge, 32)[0]
+
+
+@triton.jit
+def _functions(p_x, p_y, SIZE: tl.constexpr):
+    b_i = tl.arange(0, SIZE)
+    b_x = tl.load(p_x + b_i)
+    tl.store(p_y + b_i, triton_math.reciprocal(b_x))
+    tl.store(p_y + SIZE + b_i, triton_math.sigmoid(b_x))
+    tl.store(p_y + 2 * SIZE + b_i, triton_math.tanh(b_x, False))
+
+
+def test_the_functions_that_triton_lacks():
+    x = torch.cat(
+        [torch.linspace(-80, 80, 200), torch.linspace(-2, 2, 54), torch.tensor([-1e9, 1e9])]
+    )
+    y = torch.empty(3, len(x))
+    _functions[(1,)](x, y, len(x))
+    truth = torch.stack([x.double().reciprocal(), x.double().sigmoid(), x.double().tanh()])
+    off = (y.double() - truth).abs()
+    # 1e-5: what fp32 leaves of exp(-80).
+    assert (off[:2] <= 1e-5 * truth[:2].abs()).all()
+    assert off[2].max() <= 2e-7
+
+
+def test_the_three_ways_to_cut_channels_last():
+    def cut(c, size, **options):
+        x = torch.empty(128, c, size, size, dtype=torch.bfloat16, device="meta")
+        x = x.contiguous(memory_format=torch.channels_last)
+        return module.plan(x, 32, dropout=False, **options)
+
+    for backward in (False, True):
+        # 16 channels, where the usual 32 would not stay in registers.
+        held = cut(256, 16, backward=backward)
+        assert held.one_tile and held.slab_groups * 8 == 16
+        walked = cut(256, 32, backward=backward)
+        assert not walked.splits and not walked.one_tile and walked.slab_groups * 8 == 32
+        assert cut(256, 64, backward=backward).splits > 1
 
 
 SHAPES = {
