@@ -15,7 +15,6 @@ import triton.language as tl
 
 from .triton_group_norm_forward import (
     _keep,
-    _last_first,
     _members,
     _offset,
     _offsets,
@@ -143,7 +142,8 @@ def backward_fused(
     UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program = one slab of SLAB_GROUPS groups of one sample; grid (N * slabs,)."""
-    n, slab = _last_first(slabs)
+    n = (tl.program_id(0) // slabs).to(tl.int64)
+    slab = tl.program_id(0) % slabs
     C, HW = c_units * VEC_C, hw_units * VEC_P
     first_c = slab * (SLAB_GROUPS * CG)
     b_slot = tl.arange(0, BLOCK_C)
@@ -227,10 +227,10 @@ def backward_sums(
     UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """S1, S2, X1, sum d_sum of each channel in a chunk: (N, splits, 4, C)."""
-    n, slab = _last_first(slabs)
-    split = tl.num_programs(1) - 1 - tl.program_id(1)
+    n = (tl.program_id(0) // slabs).to(tl.int64)
+    split = tl.program_id(1)
     C, HW = c_units * VEC_C, hw_units * VEC_P
-    first_c = slab * BLOCK_C
+    first_c = tl.program_id(0) % slabs * BLOCK_C
     b_c = first_c + tl.arange(0, BLOCK_C)
     m_c = b_c < C
     p_s += n * C * HW

@@ -5,13 +5,14 @@ A tile is [BLOCK_P pixels, BLOCK_C channels] of one sample in either layout. Two
 
 * fused: one program owns a slab of whole groups of one sample and walks over its pixels twice, the
   second time out of L2 (or, ONE_TILE, keeps them in registers);
-* split: where that makes too few programs, or groups too wide for a tile, three kernels: sums per
+* split: where that makes too few programs, or slabs too large, three kernels: sums per
   channel over a chunk of pixels, their combination per group, and the element-wise rest. Partial
   results are written and read, never added atomically, so every run gives the same bits.
 
 Names: p_ pointer, b_ tile or vector of a block, m_ mask, n sample, c channel, p pixel, g group.
 C and H * W come as a multiple of VEC_C and VEC_P, which shows the compiler what they are divisible
-by. Statistics: Welford per lane, then Chan et al. 1983, equation 2.1, over lanes, channels, chunks.
+by. Statistics: shifted sums per lane, then Chan et al. 1983, equation 2.1, over lanes, channels,
+chunks.
 """
 
 import triton
@@ -65,8 +66,8 @@ def _channel_statistics(
 ):  # fmt: skip
     """Mean and squared deviations of each channel over the pixels first..last-1.
 
-    A lane sums what its elements differ from its first one. Were that an outlier, its own share of
-    the squared deviations would be as large as what it makes inexact.
+    A lane sums what its elements differ by from its first one, and the squares. Were that one an
+    outlier, what this makes inexact would be small beside its own squared deviation.
     """
     b_first = first + tl.arange(0, BLOCK_P)
     m_tile = (b_first < last)[:, None] & m_c[None, :]
@@ -160,17 +161,6 @@ def _finish(
 
 
 @triton.jit
-def _last_first(slabs):
-    """(sample, slab) of this program, counted from the end.
-
-    What the kernel before wrote last is read first and what is written last is what the one after
-    reads first: caches still have it.
-    """
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    return (program // slabs).to(tl.int64), program % slabs
-
-
-@triton.jit
 def forward_fused(
     p_x, p_residual, p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_seed,
     p_y, p_sum, p_mean, p_rstd,
@@ -182,7 +172,8 @@ def forward_fused(
     UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program = one slab of SLAB_GROUPS groups of one sample; grid (N * slabs,)."""
-    n, slab = _last_first(slabs)
+    n = (tl.program_id(0) // slabs).to(tl.int64)
+    slab = tl.program_id(0) % slabs
     C, HW = c_units * VEC_C, hw_units * VEC_P
     first_c = slab * (SLAB_GROUPS * CG)
     b_slot = tl.arange(0, BLOCK_C)
@@ -259,10 +250,10 @@ def forward_statistics(
     UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mean and m2 of each channel in a chunk: (N, splits, 2, C); grid (N * slabs, splits)."""
-    n, slab = _last_first(slabs)
-    split = tl.num_programs(1) - 1 - tl.program_id(1)
+    n = (tl.program_id(0) // slabs).to(tl.int64)
+    split = tl.program_id(1)
     C, HW = c_units * VEC_C, hw_units * VEC_P
-    b_c = slab * BLOCK_C + tl.arange(0, BLOCK_C)
+    b_c = tl.program_id(0) % slabs * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = b_c < C
     p_x += n * C * HW
     if p_residual is not None:
