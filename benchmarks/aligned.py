@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import checkout  # noqa: F401 - before everything that imports ddb_fast
 import networks
 import torch
 from finished import open_run, read_rows, start, write_rows

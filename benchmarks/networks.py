@@ -88,24 +88,28 @@ CPU_WAYS = ("ours", "ours, fp32", "authors", "authors' steps in bf16",
 def build(form: Form, config: DiffusionConfig, device: torch.device) -> nn.Module:
     """The network of a form, with weights that no layer of it ignores."""
     torch.manual_seed(0)
-    if form.network is UNet:
-        network = UNet(config.unet, num_classes=CLASSES, timesteps=config.timesteps)
-    else:
-        unet = config.unet
-        network = form.network(
-            timesteps=config.timesteps,
-            classes=CLASSES,
-            channels=unet.channels,
-            multipliers=unet.channel_multipliers,
-            blocks=unet.blocks_per_level,
-            attends=[
-                level in unet.attention_levels for level in range(len(unet.channel_multipliers))
-            ],
-        )
-        # Theirs keeps the null class in row 0, ours in the last; any row costs the same.
-        network.null_class = CLASSES
-    network.to(device)
+    # Made there: drawing the weights of `ddb` on a GPU machine's CPU takes seconds.
+    with device:
+        network = _made(form.network, config)
     return network.to(memory_format=torch.channels_last) if form.channels_last else network
+
+
+def _made(network: type[nn.Module], config: DiffusionConfig) -> nn.Module:
+    unet = config.unet
+    if network is UNet:
+        return UNet(unet, num_classes=CLASSES, timesteps=config.timesteps)
+    levels = range(len(unet.channel_multipliers))
+    made = network(
+        timesteps=config.timesteps,
+        classes=CLASSES,
+        channels=unet.channels,
+        multipliers=unet.channel_multipliers,
+        blocks=unet.blocks_per_level,
+        attends=[level in unet.attention_levels for level in levels],
+    )
+    # Theirs keeps the null class in row 0, ours in the last; any row costs the same.
+    made.null_class = CLASSES
+    return made
 
 
 def _compiled(network: nn.Module, form: Form) -> nn.Module:
@@ -117,10 +121,12 @@ def _compiled(network: nn.Module, form: Form) -> nn.Module:
     return torch.compile(network, options={**options, **_LIBRARIES})
 
 
+@functools.cache
 def forward_flops(config: DiffusionConfig) -> int:
     """Floating-point operations of a forward pass for one image, products only."""
-    with torch.device("meta"):
-        network = build(FORMS[1], config, torch.device("meta")).eval()
+    meta = torch.device("meta")
+    network = build(FORMS[1], config, meta).eval()
+    with meta:
         x = torch.empty(1, 3, config.image_size, config.image_size)
         t = torch.zeros(1, dtype=torch.int64)
         counter = flop_counter()
