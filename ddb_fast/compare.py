@@ -17,10 +17,10 @@ from ddb_fast.config import (
     DataConfig,
     RunConfig,
     from_json,
-    stage_fields,
 )
 from ddb_fast.fields import flatten
 from ddb_fast.published import PUBLISHED, Published, Row
+from ddb_fast.stages import stage_fields
 from ddb_fast.tabular import (
     COLUMNS,
     Table,

@@ -1,4 +1,4 @@
-"""The configuration of a whole run: frozen dataclasses, JSON, and what each stage depends on.
+"""The configuration of a whole run: frozen dataclasses and JSON.
 
 Only the standard library is imported, so that `ddb-fast --help` and tools that only read a
 configuration start at once. Lengths are counted in *images* shown to a network, never in steps, so
@@ -9,8 +9,7 @@ Points that the paper leaves open are fields here, never constants elsewhere.
 import dataclasses
 import json
 import math
-import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ddb_fast.fields import flatten, from_dict
@@ -356,64 +355,6 @@ class RunConfig:
     def amplifies(self) -> bool:
         """Whether the amplifier is trained on synthetic images here."""
         return self.scored and self.pseudo_labels.load is None
-
-
-# The fields that the results of each stage depend on; `data.path` is left out (below) because the
-# contents of the data, not their place, are what matters.
-_DATA = ("data",)
-_DIFFUSION = (*_DATA, "diffusion", "seed", "precision")
-_SAMPLING = (*_DIFFUSION, "sampling")
-_AMPLIFIER = (*_SAMPLING, "amplifier")
-_SCORES = (*_AMPLIFIER, "pseudo_labels")
-_REAL_AMPLIFIER = (*_DATA, "diffusion.image_size", "amplifier", "seed", "precision")
-_REAL_SCORES = (*_REAL_AMPLIFIER, "pseudo_labels")
-_TARGET = (*_DATA, "classifier", "precision", "selection", "looks")
-STAGE_FIELDS: dict[str, tuple[str, ...]] = {
-    "data": (*_DATA, "diffusion.image_size"),
-    "diffusion": _DIFFUSION,
-    "synthetic": _SAMPLING,
-    "amplifier": _AMPLIFIER,
-    "scores": _SCORES,
-    "unguided": _SAMPLING,
-    "opinions": _AMPLIFIER,
-    "memorisation": _AMPLIFIER,
-    "real-amplifier": _REAL_AMPLIFIER,
-    "real-scores": _REAL_SCORES,
-    "jtt-identification": (*_TARGET, "jtt.first_share"),
-    "erm": _TARGET,
-    "lff": (*_TARGET, "lff"),
-    "jtt": (*_TARGET, "jtt"),
-    "dfr": (*_TARGET, "dfr"),
-    "group-dro": (*_TARGET, "group_dro"),
-    "ddb-i": (*_TARGET, *_SCORES, "group_dro"),
-    "ddb-i-error-set": (*_TARGET, *_SCORES, "group_dro"),
-    "ddb-i-predicted": (*_TARGET, *_SCORES, "group_dro"),
-    "ddb-ii": (*_TARGET, *_SCORES, "reweighting"),
-    "real-amplifier-i": (*_TARGET, *_REAL_SCORES, "group_dro"),
-    "real-amplifier-ii": (*_TARGET, *_REAL_SCORES, "reweighting"),
-}
-
-
-def default_fields(cls: type = RunConfig, prefix: str = "") -> dict[str, Any]:
-    """The flattened fields that have a default, with it; `flatten` of the rest is a preset's."""
-    leaves, hints = {}, typing.get_type_hints(cls)
-    for f in fields(cls):
-        if dataclasses.is_dataclass(hints[f.name]):
-            leaves |= default_fields(hints[f.name], f"{prefix}{f.name}.")
-        elif f.default is not dataclasses.MISSING:
-            value = f.default
-            leaves[prefix + f.name] = list(value) if isinstance(value, tuple) else value
-    return leaves
-
-
-def stage_fields(config: RunConfig, stage: str) -> dict[str, Any]:
-    """The flattened fields that the results of `stage` depend on."""
-    names = STAGE_FIELDS[stage]
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if key != "data.path" and any(key == n or key.startswith(f"{n}.") for n in names)
-    }
 
 
 def from_json(text: str, cls: type = RunConfig) -> Any:

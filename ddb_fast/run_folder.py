@@ -22,10 +22,9 @@ from ddb_fast.checkpoint import write_atomically
 from ddb_fast.config import (
     METHODS,
     RunConfig,
-    default_fields,
-    stage_fields,
 )
 from ddb_fast.fields import fields_hash, to_json
+from ddb_fast.stages import default_fields, stage_fields
 
 
 def _git_commit() -> str | None:

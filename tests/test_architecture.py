@@ -34,7 +34,7 @@ LAYERS = [
     {"cli", "train", "use_run", "completion", "facade"},
 ]
 STDLIB_ONLY = {
-    *("config", "fields", "presets", "benchmark_presets", "arguments"),
+    *("config", "fields", "stages", "presets", "benchmark_presets", "arguments"),
     *("compare", "published", "tabular"),
 }
 USES_ACCELERATE = {"train", "pipeline", "context", "engine", "checkpoint", "trackers", "run_folder"}

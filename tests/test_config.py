@@ -10,16 +10,15 @@ import pytest
 from ddb_fast.arguments import field_texts, parse_run
 from ddb_fast.config import (
     METHODS,
-    STAGE_FIELDS,
     DFRConfig,
     JTTConfig,
     LfFConfig,
     from_json,
-    stage_fields,
     with_fields,
 )
 from ddb_fast.fields import fields_hash, flatten, to_json
 from ddb_fast.presets import PRESETS, load_config
+from ddb_fast.stages import STAGE_FIELDS, stage_fields
 
 
 @pytest.fixture(params=sorted(PRESETS))

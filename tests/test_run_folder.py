@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from ddb_fast.config import default_fields, with_fields
+from ddb_fast.config import with_fields
 from ddb_fast.fields import flatten
 from ddb_fast.presets import PRESETS
 from ddb_fast.run_folder import RunFolder
+from ddb_fast.stages import default_fields
 
 
 def open_folder(config):
