@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import checkout  # noqa: F401 - before everything that imports ddb_fast
-import networks
+import sampling_ways
 import torch
 from finished import open_run, read_rows, start, write_rows
 
@@ -29,8 +29,8 @@ from ddb_fast.metrics import wilson_interval
 from ddb_fast.models.unet import UNet
 
 THEIRS = {
-    "authors": networks.AUTHORS_WAY,
-    "authors, TF32 off": replace(networks.AUTHORS_WAY, tf32=False),
+    "authors": sampling_ways.AUTHORS_WAY,
+    "authors, TF32 off": replace(sampling_ways.AUTHORS_WAY, tf32=False),
 }
 
 
@@ -40,9 +40,9 @@ def draw(context: Context, unet: UNet, way: str, y: torch.Tensor, first: int) ->
     if way == "ours":
         seeds = torch.arange(first, first + len(y))
         with context.accelerator.autocast():
-            return networks.our_sampling(unet, config, sampling, y, seeds)
+            return sampling_ways.our_sampling(unet, config, sampling, y, seeds)
     torch.manual_seed(first)
-    x = networks.authors_sampling(unet, THEIRS[way], config, y, None)()
+    x = sampling_ways.authors_sampling(unet, THEIRS[way], config, y, None)()
     return denormalise(x, config.pixel_norm)
 
 

@@ -5,17 +5,17 @@ their 999 steps, in two passes each. On a CPU; ratios are better taken from `sui
 sampling`, where the ways take turns.
 """
 
-import networks
 import pytest
+import sampling_ways
 
 from ddb_fast.presets import PRESETS
 
 
-@pytest.mark.parametrize("way", networks.CPU_WAYS)
+@pytest.mark.parametrize("way", sampling_ways.CPU_WAYS)
 def bench_sampling(benchmark, way, batch=32):
     benchmark.group = f"tiny, {batch} images"
     tiny = PRESETS["tiny"]()
-    calls, walks = networks.cpu_ways(tiny.diffusion, tiny.sampling, batch, steps=20)
+    calls, walks = sampling_ways.cpu_ways(tiny.diffusion, tiny.sampling, batch, steps=20)
     benchmark.pedantic(calls[way], rounds=3, warmup_rounds=1)
     # Their whole walk is extrapolated from the steps that were taken.
     benchmark.extra_info["images/s"] = batch / (benchmark.stats.stats.median * walks[way])

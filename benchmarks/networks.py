@@ -1,4 +1,4 @@
-"""What the parts `step` and `sampling` measure: whole networks, ours beside the authors' form.
+"""What the part `step` measures: whole networks, ours beside the authors' form.
 
 Between the two stand what plain torch gives for a few lines (bf16, channels_last, fused attention)
 and torch.compile on top of that. On a GPU each form has a row of its own; on a CPU, which others
@@ -6,11 +6,10 @@ may be using, the forms take turns within one row, and their ratio is what count
 """
 
 import functools
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import measure
@@ -19,21 +18,17 @@ from measure import Call, Timing
 from rows import Item, Row
 from torch import Tensor, nn
 
-from authors_form import Authors, WithSDPA, ancestral_steps
-from ddb_fast.config import DiffusionConfig, SamplingConfig
+from authors_form import Authors, WithSDPA
+from ddb_fast.config import DiffusionConfig
 from ddb_fast.costs import flop_counter, matmul_ceiling
-from ddb_fast.diffusion.generate import generate_batch
 from ddb_fast.diffusion.losses import diffusion_loss
 from ddb_fast.diffusion.schedule import make_schedule
 from ddb_fast.engine import EMA, build_optimizer
-from ddb_fast.graphs import Forward, Step
-from ddb_fast.kernels import use_backend
+from ddb_fast.graphs import Step
 from ddb_fast.models.unet import UNet
 from ddb_fast.presets import PRESETS
 
 CLASSES = 2
-# The authors' steps that a CPU is timed on, of the 999 they take.
-_TIMED_STEPS = 20
 
 
 # max-autotune also compares templates of its own with cuBLAS and cuDNN, which took more than 220 s
@@ -77,12 +72,6 @@ CPU_FORMS = (
     FORMS[3],
     FORMS[6],
 )
-# The authors' way with our network: the presets' smaller ones are no shape that theirs can have.
-AUTHORS_WAY = Form("authors' way", UNet, False, True, attention="reference")
-BF16_WAY = Form("authors' way in bf16", UNet, True, True, attention="torch")
-COMPILED_WAY = Form("compiled", UNet, True, True, compiled="default", attention="torch")
-CPU_WAYS = ("ours", "ours, fp32", "authors", "authors' steps in bf16",
-            "authors' steps in bf16, compiled")  # fmt: skip
 
 
 def build(form: Form, config: DiffusionConfig, device: torch.device) -> nn.Module:
@@ -112,7 +101,7 @@ def _made(network: type[nn.Module], config: DiffusionConfig) -> nn.Module:
     return made
 
 
-def _compiled(network: nn.Module, form: Form) -> nn.Module:
+def compiled(network: nn.Module, form: Form) -> nn.Module:
     if form.compiled is None:
         return network
     if form.compiled != "max-autotune":
@@ -136,7 +125,7 @@ def forward_flops(config: DiffusionConfig) -> int:
 
 
 @contextmanager
-def _precision(form: Form, device: torch.device) -> Iterator[None]:
+def precision(form: Form, device: torch.device) -> Iterator[None]:
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = form.tf32
     try:
@@ -170,7 +159,7 @@ def training_step(
 ) -> tuple[nn.Module, Call]:
     """A network and its step: loss, backward, clipping, optimiser and, in ours, moving average."""
     network = build(form, config, device).train()
-    model = _compiled(network, form)
+    model = compiled(network, form)
     schedule = make_schedule(config)
     parameters = list(network.parameters())
     if form.network is Authors:
@@ -183,13 +172,13 @@ def training_step(
     y = torch.arange(batch, device=device) % CLASSES
 
     def run(index: Tensor) -> Tensor:
-        with _precision(form, device):
+        with precision(form, device):
             loss = diffusion_loss(
                 model, x0[index], y[index], schedule=schedule, null_class=network.null_class,
                 target=config.target, class_dropout=config.class_dropout,
             )  # fmt: skip
         # Convolutions of the backward pass obey the same switch.
-        with _precision(replace(form, bf16=False), device):
+        with precision(replace(form, bf16=False), device):
             loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -214,14 +203,14 @@ def training_step(
 def forward_pass(device: torch.device, form: Form, config: DiffusionConfig, batch: int) -> Call:
     """A forward pass in evaluation mode, as sampling makes it."""
     network = build(form, config, device).eval()
-    model = _compiled(network, form)
+    model = compiled(network, form)
     x = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
     t = torch.arange(batch, device=device) * (config.timesteps // batch)
     y = torch.arange(batch, device=device) % CLASSES
 
     @torch.no_grad()
     def forward() -> Tensor:
-        with _precision(form, device):
+        with precision(form, device):
             return model(x, t, y)
 
     return forward
@@ -274,7 +263,7 @@ def cpu_step_items(config: DiffusionConfig, batch: int = 4, rounds: int = 7) -> 
             calls = {form.name: make(device, form, config, batch) for form in CPU_FORMS}
             title, once = f"{what}, batch {batch}", dict.fromkeys(calls, 1)
             return {
-                **_in_turns(title, calls, rounds, once),
+                **in_turns(title, calls, rounds, once),
                 "GFLOP": times * flops / 1e9,
                 "matmul GFLOP/s": bf16_ceiling(device, 2048) / 1e9,
             }
@@ -282,7 +271,7 @@ def cpu_step_items(config: DiffusionConfig, batch: int = 4, rounds: int = 7) -> 
         yield f"{what} {batch}", row
 
 
-def _in_turns(what: str, calls: Mapping[str, Call], rounds: int, times: Mapping[str, float]) -> Row:
+def in_turns(what: str, calls: Mapping[str, Call], rounds: int, times: Mapping[str, float]) -> Row:
     """A row of forms measured side by side: seconds by form for so many `times` its call.
 
     "core seconds" are those of the process on all cores, which count no waiting for a core.
@@ -304,133 +293,6 @@ def _in_turns(what: str, calls: Mapping[str, Call], rounds: int, times: Mapping[
         "core seconds": {n: statistics.median(s[2:]) * times[n] for n, s in spent.items()},
         "how": next(iter(timings.values())).how,
     }
-
-
-def our_sampling(
-    network: nn.Module, config: DiffusionConfig, sampling: SamplingConfig, y: Tensor, seeds: Tensor
-) -> Tensor:
-    """A batch of images of the classes y from noise, as the repository samples them."""
-    return generate_batch(
-        network, y, seeds, schedule=make_schedule(config), target=config.target,
-        sampler=sampling.sampler, steps=sampling.steps, guidance_scale=sampling.guidance_scale,
-        guidance_interval=sampling.guidance_interval, clip_x0=sampling.clip_x0,
-        clip_percentile=sampling.clip_percentile, pixel_norm=config.pixel_norm,
-        image_size=config.image_size, pad_to=len(y),
-    )  # fmt: skip
-
-
-def _our_call(
-    network: nn.Module, form: Form, config: DiffusionConfig, sampling: SamplingConfig, batch: int
-) -> Call:
-    y, seeds = torch.arange(batch) % CLASSES, torch.arange(batch)
-    device = next(network.parameters()).device
-
-    def call() -> Tensor:
-        with _precision(form, device):
-            return our_sampling(network, config, sampling, y, seeds)
-
-    return call
-
-
-def authors_sampling(
-    network: nn.Module, form: Form, config: DiffusionConfig, y: Tensor, steps: int | None
-) -> Call:
-    """Images of the classes y by the first steps of the authors' loop, or all, with any network."""
-    model = _compiled(network, form)
-    schedule = make_schedule(config)
-
-    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        prediction = model(x, t, y).float()
-        return prediction if config.target == "eps" else schedule.eps_from_v(x, prediction, t)
-
-    def call() -> Tensor:
-        plain = nullcontext()
-        if form.attention is not None:
-            plain = use_backend(group_norm="torch", attention=form.attention)
-        x = torch.randn(len(y), 3, config.image_size, config.image_size, device=y.device)
-        with _precision(form, y.device), plain:
-            return ancestral_steps(
-                predict, x, y, null_class=network.null_class, alpha_bar=schedule.alpha_bar,
-                steps=steps,
-            )  # fmt: skip
-
-    return call
-
-
-def sampling_row(
-    device: torch.device, form: Form, config: DiffusionConfig, batch: int, timed: int
-) -> Row:
-    """Time images from noise: ours with the repository's sampler, else `timed` authors' steps."""
-    torch.compiler.reset()
-    network = build(form, config, device).eval()
-    if form.network is UNet:
-        sampling = SamplingConfig()
-        if form.graph and device.type == "cuda":
-            network = Forward(network)
-        what = f"{sampling.sampler}, {sampling.steps} steps, guidance 2, both branches in one pass"
-        timing = seconds_of(device, _our_call(network, form, config, sampling, batch), 3)
-        seconds = timing.median
-    else:
-        walk = config.timesteps - 1
-        y = torch.arange(batch, device=device) % CLASSES
-        what = f"ancestral, {walk} steps, two passes; {timed} steps timed, the rest extrapolated"
-        timing = seconds_of(device, authors_sampling(network, form, config, y, timed), 3)
-        seconds = timing.median * walk / timed
-    return {
-        "form": form.name, "batch": batch, "images/s": batch / seconds,
-        "s per 1000 images": 1000 * seconds / batch, "sampler": what,
-        "quality": "weights are random: speed only, no aligned share", "how": timing.how,
-    }  # fmt: skip
-
-
-def sampling_items(
-    device: torch.device, config: DiffusionConfig, batch: int = 128, timed: int = 5
-) -> Iterator[Item]:
-    """Images per second of ours, and of the authors' loop with forms of their network."""
-    for form in FORMS[:4]:
-        yield (
-            f"sampling {form.name} {batch}",
-            functools.partial(sampling_row, device, form, config, batch, timed),
-        )
-
-
-def cpu_ways(
-    config: DiffusionConfig, sampling: SamplingConfig, batch: int, *, steps: int = _TIMED_STEPS
-) -> tuple[dict[str, Call], dict[str, float]]:
-    """Ways to draw a batch with one network, ours, and how often each has to be called for it.
-
-    Their ways take `steps` of their steps a call. In fp32 they run torch's own operators, attention
-    through explicit maps: their form of a network whose shape theirs cannot have.
-    """
-    torch.compiler.reset()
-    network = build(FORMS[0], config, torch.device("cpu")).eval()
-    y = torch.arange(batch) % CLASSES
-    calls = {
-        name: _our_call(network, replace(FORMS[0], bf16=bf16), config, sampling, batch)
-        for name, bf16 in zip(CPU_WAYS[:2], (True, False), strict=True)
-    }
-    for name, form in zip(CPU_WAYS[2:], (AUTHORS_WAY, BF16_WAY, COMPILED_WAY), strict=True):
-        calls[name] = authors_sampling(network, form, config, y, steps)
-    walk = (config.timesteps - 1) / steps
-    return calls, {name: 1.0 if name in CPU_WAYS[:2] else walk for name in CPU_WAYS}
-
-
-def cpu_sampling_items(
-    config: DiffusionConfig, sampling: SamplingConfig, steps: int = _TIMED_STEPS, rounds: int = 3
-) -> Iterator[Item]:
-    """1,000 images in batches of the configured size, the ways in turns within one row."""
-
-    def row() -> Row:
-        calls, walks = cpu_ways(config, sampling, sampling.batch_size, steps=steps)
-        batches = math.ceil(1000 / sampling.batch_size)
-        what = f"1,000 images of {config.image_size} pixels, {batches} x {sampling.batch_size}"
-        times = {name: batches * walk for name, walk in walks.items()}
-        return {
-            **_in_turns(what, calls, rounds, times),
-            "extrapolated": f"from one batch, and {config.timesteps - 1} steps from {steps}",
-        }
-
-    yield f"sampling 1000 images {config.image_size} pixels", row
 
 
 def preset(name: str = "ddb") -> DiffusionConfig:

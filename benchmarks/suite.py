@@ -26,6 +26,7 @@ import merge
 import networks
 import peak_memory
 import rows
+import sampling_ways
 import scaling
 import shapes
 import speed
@@ -58,10 +59,10 @@ def items(part: str, device: torch.device) -> Iterator[Item]:
     if part == "step":
         return itertools.chain(networks.cpu_step_items(networks.preset()), peak_memory.items())
     if part == "sampling" and cuda:
-        return networks.sampling_items(device, networks.preset())
+        return sampling_ways.sampling_items(device, networks.preset())
     if part == "sampling":
         tiny = PRESETS["tiny"]()
-        return networks.cpu_sampling_items(tiny.diffusion, tiny.sampling)
+        return sampling_ways.cpu_sampling_items(tiny.diffusion, tiny.sampling)
     if part == "scaling":
         return scaling.items()
     return speed.cpu(shapes.unique(shapes.GROUP_NORM))

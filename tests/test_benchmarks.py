@@ -16,6 +16,7 @@ import networks
 import peak_memory
 import pytest
 import rows
+import sampling_ways
 import scaling
 import shapes
 import speed
@@ -380,24 +381,17 @@ def test_the_parts_of_networks_run():
         (row,) = run(networks.step_items(CPU, small, (2,), 64), f"step {name} 2")
         assert row["images/s"] == pytest.approx(2 / (row["ms"] / 1e3))
     sampled = run(
-        networks.sampling_items(CPU, small, 2, 3), "sampling ours 2", "sampling authors 2"
+        sampling_ways.sampling_items(CPU, small, 2, 3), "sampling ours 2", "sampling authors 2"
     )
     assert "999 steps" in sampled[1]["sampler"] and "extrapolated" in sampled[1]["sampler"]
 
 
-def without_compiling(monkeypatch, *names):
-    for name in names:
-        value = getattr(networks, name)
-        uncompiled = (
-            replace(value, compiled=None)
-            if isinstance(value, networks.Form)
-            else tuple(replace(form, compiled=None) for form in value)
-        )
-        monkeypatch.setattr(networks, name, uncompiled)
+def uncompiled(form):
+    return replace(form, compiled=None)
 
 
 def test_forms_take_turns_on_a_cpu(monkeypatch):
-    without_compiling(monkeypatch, "CPU_FORMS")
+    monkeypatch.setattr(networks, "CPU_FORMS", tuple(map(uncompiled, networks.CPU_FORMS)))
     monkeypatch.setattr(networks, "bf16_ceiling", lambda device, size: 1e9)
     small = small_generator()
     forward, step = run(networks.cpu_step_items(small, 2, 2), "forward 2", "training step 2")
@@ -422,14 +416,15 @@ def test_a_thousand_images_are_extrapolated_as_said(monkeypatch):
                 call()
         return {name: networks.Timing(2.0, 1.0, 4.0, "timed") for name in calls}
 
-    without_compiling(monkeypatch, "COMPILED_WAY")
+    way = uncompiled(sampling_ways.COMPILED_WAY)
+    monkeypatch.setattr(sampling_ways, "COMPILED_WAY", way)
     monkeypatch.setattr(networks.measure, "interleaved", interleaved)
     tiny = replace(small_generator(), target="v", schedule="cosine")
     (row,) = run(
-        networks.cpu_sampling_items(tiny, replace(sampling, batch_size=128), 3),
+        sampling_ways.cpu_sampling_items(tiny, replace(sampling, batch_size=128), 3),
         "sampling 1000 images 8 pixels",
     )
-    assert called == [name for name in networks.CPU_WAYS for _ in range(3)]
+    assert called == [name for name in sampling_ways.CPU_WAYS for _ in range(3)]
     assert row["seconds"]["ours"] == row["seconds"]["ours, fp32"] == 16
     assert row["seconds"]["authors"] == pytest.approx(2 * 8 * 333)
     assert row["spread"]["authors"] == pytest.approx([8 * 333, 4 * 8 * 333])
