@@ -5,6 +5,7 @@ what was seen. Bounds and operands are those of `ddb_fast.kernels.check`.
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 
@@ -83,12 +84,14 @@ def case_items(
                         yield key, functools.partial(_case_row, device, cases)
     for backend in ("triton", "native"):
         if not backends()["group_norm"][backend]:
-            for layout in check.LAYOUTS["group_norm"]:
-                case = check.Case("group_norm", backend, (2, 64, 16, 16, 8), "fp32", layout)
-                far = check.Case(**{**vars(case), "offset": 1000.0})
+            # In registers, split, and walked over.
+            far = ((64, 16, 8, 8, 8), (2, 64, 64, 64, 8), (160, 128, 32, 32, 32))
+            for layout, shape in itertools.product(check.LAYOUTS["group_norm"], far):
+                case = check.Case("group_norm", backend, shape, "fp32", layout, offset=1000.0)
+                size = "x".join(map(str, shape))
                 yield (
-                    f"mean/std 1000 {backend} {layout}",
-                    functools.partial(_case_row, device, [far]),
+                    f"mean/std 1000 {backend} {layout} {size}",
+                    functools.partial(_case_row, device, [case]),
                 )
 
 
@@ -114,6 +117,8 @@ def special_items(device: torch.device) -> Iterator[Item]:
     for options in ((), ("residual",)):
         text = "+".join(options) or "plain"
         yield f"group_norm twice, {text}", functools.partial(_norm_twice, device, norm, options)
+    for dtype in ("fp32", "bf16", "fp16"):
+        yield f"silu's derivative, {dtype}", functools.partial(_derivative, device, norm, dtype)
     for s in (64, 300):
         yield f"attention twice, S {s}", functools.partial(_attention_twice, device, heads, s)
     yield "torch.compile fullgraph", functools.partial(_fullgraph, device, norm, heads)
@@ -145,6 +150,22 @@ def _norm_twice(device: torch.device, backend: str, options: tuple[str, ...]) ->
         if not row["ok"]:
             return row
     return row
+
+
+def _derivative(device: torch.device, backend: str, dtype: str) -> Row:
+    """silu'(z) at z from -20 to 20: what bias gets where weight is 0, so that z is bias.
+
+    Half of z and a tanh that is off by e change it by e * (1/2 + |z| / 2), or less.
+    """
+    z = torch.linspace(-20, 20, 512, device=device, requires_grad=True)
+    x = torch.randn(1, 512, 1, 1, device=device).to(speed.DTYPES[dtype])
+    weight = torch.zeros_like(z)
+    group_norm(x, 32, weight, z, activation="silu", backend=backend).sum().backward()
+    exact = z.detach().double()
+    sigmoid = exact.sigmoid()
+    truth = sigmoid * (1 + exact * (1 - sigmoid))
+    off = ((z.grad.double() - truth).abs() / (1 + exact.abs())).max().item()
+    return {"ok": off <= (1e-6 if dtype == "fp32" else 2**-11), "off": off}
 
 
 def _attention_twice(device: torch.device, backend: str, s: int) -> Row:

@@ -115,6 +115,11 @@ _ODD = (
     shapes.GroupNorm(64, 448, 8, 8, 32),
     shapes.GroupNorm(64, 1024, 16, 16, 1),
 )
+# Slabs so large that a program has 16 warps, whose registers and shared memory are scarcest.
+_LARGE = {
+    "bf16": (shapes.GroupNorm(16, 256, 128, 128, 32), ("silu+pre_bias+dropout",)),
+    "fp32": (shapes.GroupNorm(16, 384, 64, 64, 32), ("silu",)),
+}
 _LAYOUTS = ("nhwc", "nchw")
 # With dropout the pre_bias is added too.
 _OPTIONS = tuple(name for name in shapes.OPTIONS if name != "silu+pre_bias")
@@ -124,9 +129,13 @@ def _group_norms() -> Iterator[Variant]:
     cases = [
         *itertools.product(("bf16",), _BRANCHES, _LAYOUTS, _OPTIONS),
         *itertools.product(("bf16",), _ODD, _LAYOUTS, ("silu",)),
-        # The other dtypes share every line with bf16; one option set that has most of them.
-        *itertools.product(("fp16", "fp32"), _BRANCHES, _LAYOUTS, ("silu+pre_bias+dropout",)),
-    ]
+        # One option set that has most of what the others have; fp16 shares every line with bf16.
+        *itertools.product(("fp32",), _BRANCHES, _LAYOUTS, ("silu+pre_bias+dropout",)),
+        *itertools.product(("fp16",), _BRANCHES[:1], _LAYOUTS, ("silu+pre_bias+dropout",)),
+        *((dtype, shape, "nchw", name)
+          for dtype, (shape, names) in _LARGE.items()
+          for name in (*names, "residual+return_sum")),
+    ]  # fmt: skip
     for dtype, shape, layout, options in cases:
         label = f"group_norm {dtype} {layout} {options} {shape}"
         for launch in _group_norm(shape, DTYPES[dtype], layout, shapes.OPTIONS[options]):

@@ -19,8 +19,6 @@ from .launch import launch, multiprocessors, power_of_two
 MAX_SLAB = 512
 # Elements of a tile that is read once and stays in registers, four warps' worth.
 _IN_REGISTERS = 4096
-# Elements of a tile for each thread: a vector of 16 bytes in 16 bits.
-_PER_LANE = 8
 # Bytes of a slab that a GPU's L2 holds as often as programs run side by side.
 _IN_L2 = 2**17
 # One program combines all channels of a group, in the split regime.
@@ -125,9 +123,18 @@ def _plan(
     slab_bytes = hw * slab * size
     warps = 16 if slab_bytes > _IN_L2 else 8 if slab_bytes > 2**15 else 4
     warps = asked.get("num_warps", warps)
-    block_p = max(1, min(power_of_two(hw), warps * 32 * _PER_LANE // block_c))
+    block_p = max(1, min(power_of_two(hw), _tile(warps, size) // block_c))
     unroll, stages = asked.get("unroll", 2), asked.get("stages", 3)
     return Plan(slab_groups, slabs, 0, hw, False, block_p, block_c, warps, unroll, stages)
+
+
+def _tile(warps: int, size: int) -> int:
+    """Elements of a tile with 16 bytes for each thread.
+
+    Three operands of two tiles each, fetched two steps ahead, are then 96 KiB with 16 warps, which
+    is what the smallest of today's GPUs have room for.
+    """
+    return warps * 32 * (16 // size)
 
 
 def _split_plan(
@@ -142,7 +149,7 @@ def _split_plan(
 ) -> Plan:
     block_c = min(max(8, power_of_two(c)), (256 if channels_last else 32) // size)
     warps = asked.get("num_warps", 8 if channels_last and backward and c >= 256 else 4)
-    block_p = min(max(16, warps * 32 * _PER_LANE // block_c), max(16, power_of_two(hw)))
+    block_p = min(max(16, _tile(warps, size) // block_c), max(16, power_of_two(hw)))
     slabs = -(-c // block_c)
     # Twice the multiprocessors' worth of programs, but no chunk below one tile.
     splits = max(1, min(-(-2 * target // max(1, n * slabs)), -(-hw // block_p)))

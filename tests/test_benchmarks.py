@@ -31,7 +31,7 @@ from ddb_fast.config import SamplingConfig
 from ddb_fast.diffusion.guidance import guided
 from ddb_fast.diffusion.samplers import sample_ddpm_authors
 from ddb_fast.diffusion.schedule import Schedule
-from ddb_fast.kernels import tuned
+from ddb_fast.kernels import backends, tuned
 
 CPU = torch.device("cpu")
 HERE = {
@@ -363,6 +363,15 @@ def test_the_part_correctness_runs():
     assert norm["ok"] and heads["ok"]
     assert 1e-4 < norm["output"] <= norm["output bound"]
     assert heads["gradient"] <= 6e-6
+
+
+@pytest.mark.parametrize("backend", ("triton", "native"))
+@pytest.mark.parametrize("dtype", ("fp32", "bf16", "fp16"))
+def test_silus_derivative(backend, dtype):
+    if backends()["group_norm"][backend]:
+        pytest.skip(f"{backend} is not available here")
+    row = correctness._derivative(CPU, backend, dtype)
+    assert row["ok"] and row["off"] > 0
 
 
 def small_generator():
