@@ -155,7 +155,7 @@ def _norm_twice(device: torch.device, backend: str, options: tuple[str, ...]) ->
 def _derivative(device: torch.device, backend: str, dtype: str) -> Row:
     """silu'(z) at z from -20 to 20: what bias gets where weight is 0, so that z is bias.
 
-    Half of z and a tanh that is off by e change it by e * (1/2 + |z| / 2), or less.
+    A tanh of z / 2 that is off by e changes it by at most e * (1 + |z|) / 2.
     """
     z = torch.linspace(-20, 20, 512, device=device, requires_grad=True)
     x = torch.randn(1, 512, 1, 1, device=device).to(speed.DTYPES[dtype])

@@ -255,8 +255,10 @@ def cpu(groups: Iterable[tuple[str, shapes.GroupNorm]], *, samples: int = 16) ->
     # then the call takes up to three times as long.
     keep_freed_memory()
     # Some differ in nothing but the number of samples.
-    different = {shape.at(samples): group for group, shape in reversed(list(groups))}
-    for small, group in reversed(different.items()):
+    different: dict[shapes.GroupNorm, str] = {}
+    for group, shape in groups:
+        different.setdefault(shape.at(samples), group)
+    for small, group in different.items():
         for dtype in ("fp32", "bf16"):
             for direction in ("forward", "both"):
                 key = f"group_norm {small} {dtype} silu {direction}"

@@ -55,6 +55,7 @@ class Plan:
     num_warps: int
     unroll: int
     stages: int
+    channels_last: bool
 
 
 def plan(x: Tensor, num_groups: int, *, backward: bool, dropout: bool) -> Plan:
@@ -97,13 +98,14 @@ def _plan(
                 return count
         return num_groups
 
-    def in_registers(slab_groups: int) -> bool:
-        block = max(narrowest, power_of_two(slab_groups * group))
-        return power_of_two(hw) * block <= _IN_REGISTERS
+    def block(slab_groups: int) -> int:
+        return max(narrowest, power_of_two(slab_groups * group))
 
-    slab_groups = width(64)
-    if not in_registers(slab_groups) and in_registers(width(32)):
-        slab_groups = width(32)
+    def in_registers(slab_groups: int) -> bool:
+        return power_of_two(hw) * block(slab_groups) <= _IN_REGISTERS
+
+    wide, narrow = width(64), width(32)
+    slab_groups = narrow if in_registers(narrow) and not in_registers(wide) else wide
     one_tile = in_registers(slab_groups)
     slab = slab_groups * group
     slabs = -(-num_groups // slab_groups)
@@ -115,17 +117,19 @@ def _plan(
     split = slab > MAX_SLAB or asked.get("split", too_few or too_large)
     if split and (hw > 1 or slab > MAX_SLAB):
         return _split_plan(n, c, hw, size, channels_last, target, backward, asked)
-    block_c = max(narrowest, power_of_two(slab))
+    block_c = block(slab_groups)
     if one_tile:
         block_p = power_of_two(hw)
         warps = max(1, block_p * block_c // 1024)
-        return Plan(slab_groups, slabs, 0, hw, True, block_p, block_c, warps, 1, 1)
+        return Plan(slab_groups, slabs, 0, hw, True, block_p, block_c, warps, 1, 1, channels_last)
     slab_bytes = hw * slab * size
     warps = 16 if slab_bytes > _IN_L2 else 8 if slab_bytes > 2**15 else 4
     warps = asked.get("num_warps", warps)
     block_p = max(1, min(power_of_two(hw), _tile(warps, size) // block_c))
     unroll, stages = asked.get("unroll", 2), asked.get("stages", 3)
-    return Plan(slab_groups, slabs, 0, hw, False, block_p, block_c, warps, unroll, stages)
+    return Plan(
+        slab_groups, slabs, 0, hw, False, block_p, block_c, warps, unroll, stages, channels_last
+    )
 
 
 def _tile(warps: int, size: int) -> int:
@@ -155,12 +159,10 @@ def _split_plan(
     splits = max(1, min(-(-2 * target // max(1, n * slabs)), -(-hw // block_p)))
     chunk = -(-hw // (splits * block_p)) * block_p
     unroll, stages = asked.get("unroll", 2 if backward else 1), asked.get("stages", 3)
-    return Plan(0, slabs, -(-hw // chunk), chunk, False, block_p, block_c, warps, unroll, stages)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    # With one pixel both layouts are the same memory, whose fast axis is the channels'.
-    return not x.is_contiguous() or x.shape[2] * x.shape[3] == 1
+    splits = -(-hw // chunk)
+    return Plan(
+        0, slabs, splits, chunk, False, block_p, block_c, warps, unroll, stages, channels_last
+    )
 
 
 def _constants(x: Tensor, num_groups: int, cut: Plan) -> tuple[dict[str, int], dict[str, Any]]:
@@ -202,8 +204,11 @@ def forward(
     cut = plan(x, num_groups, backward=False, dropout=seed is not None)
     sizes, shared = _constants(x, num_groups, cut)
     threshold, keep_scale = reference.dropout_constants(dropout_p)
-    layout = {"CHANNELS_LAST": _is_channels_last(x)}
-    tile = {"BLOCK_P": cut.block_p, "BLOCK_C": cut.block_c, **layout}
+    tile = {
+        "BLOCK_P": cut.block_p,
+        "BLOCK_C": cut.block_c,
+        "CHANNELS_LAST": cut.channels_last,
+    }
     loops = {"UNROLL": cut.unroll, "STAGES": cut.stages}
     inputs = {"p_x": x, "p_residual": residual, "p_pre_bias": pre_bias}
     affine = {"p_weight": weight, "p_bias": bias, "p_scale": scale, "p_shift": shift}
@@ -325,7 +330,7 @@ def _launch_backward(
     tile = {
         "BLOCK_P": cut.block_p,
         "BLOCK_C": cut.block_c,
-        "CHANNELS_LAST": _is_channels_last(s),
+        "CHANNELS_LAST": cut.channels_last,
     }
     loops = {"UNROLL": cut.unroll, "STAGES": cut.stages}
     inputs = {

@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 
 from .triton_group_norm_forward import (
+    _affine,
     _keep,
     _members,
-    _offset,
     _offsets,
     _per_channel,
     _per_group,
     _slab,
+    _with_shift,
 )
 from .triton_math import tanh
 
@@ -92,7 +93,7 @@ def _store_ds(p_ds, p_d_sum, b_offsets, m_tile, b_d, b_dz, b_gain, b_slope, b_co
 
 @triton.jit
 def _channel_operands(
-    p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
+    p_s, p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
     pre_bias_row, scale_row, shift_row, num_groups, n, b_c, m_c,
     CG: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -101,11 +102,11 @@ def _channel_operands(
     b_mean = tl.load(p_mean + row + b_c // CG, mask=m_c, other=0.0)
     b_rstd = tl.load(p_rstd + row + b_c // CG, mask=m_c, other=0.0)
     b_shift = _slab(p_pre_bias, n * pre_bias_row, b_c, m_c, 0.0) - b_mean
-    b_scale = 1 + _slab(p_scale, n * scale_row, b_c, m_c, 0.0)
-    b_gain = _slab(p_weight, 0, b_c, m_c, 1.0) * b_scale * b_rstd
-    b_offset = _slab(p_bias, 0, b_c, m_c, 0.0) * b_scale
-    b_offset += _slab(p_shift, n * shift_row, b_c, m_c, 0.0)
-    return b_shift, b_rstd, b_scale, _once(b_gain, SILU), _once(b_offset, SILU)
+    b_scale, b_a, b_b = _affine(
+        p_weight, p_bias, p_scale, p_shift, scale_row, shift_row, n, b_c, m_c
+    )
+    b_gain, b_offset = _once(b_a * b_rstd, SILU), _once(b_b, SILU)
+    return b_shift, b_rstd, b_scale, b_gain, _with_shift(p_s, b_shift, b_gain, b_offset)
 
 
 @triton.jit
@@ -157,10 +158,9 @@ def backward_fused(
         p_d_sum += sample
 
     b_shift, b_rstd, b_scale, b_gain, b_offset = _channel_operands(
-        p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
+        p_s, p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
         pre_bias_row, scale_row, shift_row, num_groups, n, b_c, m_c, CG, SILU,
     )  # fmt: skip
-    b_offset = _offset(p_s, b_shift, b_gain, b_offset)
     if ONE_TILE:
         b_p = tl.arange(0, BLOCK_P)
         b_offsets = _offsets(b_p, b_c, C, HW, CHANNELS_LAST)
@@ -238,10 +238,9 @@ def backward_sums(
     if p_d_sum is not None:
         p_d_sum += n * C * HW
     b_shift, b_rstd, _, b_gain, b_offset = _channel_operands(
-        p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
+        p_s, p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
         pre_bias_row, scale_row, shift_row, num_groups, n, b_c, m_c, CG, SILU,
     )  # fmt: skip
-    b_offset = _offset(p_s, b_shift, b_gain, b_offset)
     first = split * chunk
     b_s1, b_s2, b_x1, b_d1 = _channel_sums(
         p_s, p_dy, p_d_sum, p_seed, b_c, m_c, first, tl.minimum(first + chunk, HW),
@@ -322,10 +321,9 @@ def backward_apply(
     if p_d_sum is not None:
         p_d_sum += n * C * HW
     b_shift, b_rstd, _, b_gain, b_offset = _channel_operands(
-        p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
+        p_s, p_pre_bias, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd,
         pre_bias_row, scale_row, shift_row, num_groups, n, b_c, m_c, CG, SILU,
     )  # fmt: skip
-    b_offset = _offset(p_s, b_shift, b_gain, b_offset)
     b_row = 2 * (n * num_groups + b_c // CG)
     b_constant = -b_rstd * tl.load(p_moments + b_row, mask=m_c, other=0.0)
     b_slope = -b_rstd * b_rstd * tl.load(p_moments + b_row + 1, mask=m_c, other=0.0)

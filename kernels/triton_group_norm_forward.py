@@ -128,7 +128,17 @@ def _keep(p_seed, threshold, n, first_c, b_p, C, HW, BLOCK_P: tl.constexpr, BLOC
 
 
 @triton.jit
-def _offset(p_s, b_shift, b_gain, b_offset):
+def _affine(p_weight, p_bias, p_scale, p_shift, scale_row, shift_row, n, b_c, m_c):
+    """(1 + scale, a, b) of z = a * xhat + b."""
+    b_scale = 1 + _slab(p_scale, n * scale_row, b_c, m_c, 0.0)
+    b_a = _slab(p_weight, 0, b_c, m_c, 1.0) * b_scale
+    b_b = _slab(p_bias, 0, b_c, m_c, 0.0) * b_scale
+    b_b += _slab(p_shift, n * shift_row, b_c, m_c, 0.0)
+    return b_scale, b_a, b_b
+
+
+@triton.jit
+def _with_shift(p_s, b_shift, b_gain, b_offset):
     """What z = s * gain + offset adds in 16 bits, z = (s + shift) * gain + offset in fp32.
 
     s of 16 bits is so coarse that fp32 loses nothing where the shift goes into the offset, which
@@ -145,7 +155,7 @@ def _finish(
     p_seed, threshold, keep_scale, n, first_c, b_p, C, HW,
     SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Everything after the statistics, for one tile; see `_offset`."""
+    """Everything after the statistics, for one tile; see `_with_shift`."""
     b_y = b_s
     if p_y.dtype.element_ty == tl.float32:
         b_y += b_shift[None, :]
@@ -201,10 +211,9 @@ def forward_fused(
         )  # fmt: skip
     b_mean_c += b_pre
 
-    b_scale = 1 + _slab(p_scale, n * scale_row, b_c, m_c, 0.0)
-    b_gain = _slab(p_weight, 0, b_c, m_c, 1.0) * b_scale
-    b_offset = _slab(p_bias, 0, b_c, m_c, 0.0) * b_scale
-    b_offset += _slab(p_shift, n * shift_row, b_c, m_c, 0.0)
+    _, b_gain, b_offset = _affine(
+        p_weight, p_bias, p_scale, p_shift, scale_row, shift_row, n, b_c, m_c
+    )
     m_members = _members(CG, BLOCK_C, BLOCK_G)
     b_mean_g = _per_group(b_mean_c, m_members) / CG
     b_mean = _per_channel(b_mean_g, m_members)
@@ -220,7 +229,7 @@ def forward_fused(
 
     b_gain *= b_rstd
     b_shift = b_pre - b_mean
-    b_offset = _offset(p_x, b_shift, b_gain, b_offset)
+    b_offset = _with_shift(p_x, b_shift, b_gain, b_offset)
     if ONE_TILE:
         _finish(
             b_s, b_offsets, m_tile, b_pre, b_shift, b_gain, b_offset, p_y, p_sum,
@@ -326,12 +335,12 @@ def forward_apply(
     b_pre = _slab(p_pre_bias, n * pre_bias_row, b_c, m_c, 0.0)
     b_mean = tl.load(p_mean + n * num_groups + b_c // CG, mask=m_c, other=0.0)
     b_rstd = tl.load(p_rstd + n * num_groups + b_c // CG, mask=m_c, other=0.0)
-    b_scale = 1 + _slab(p_scale, n * scale_row, b_c, m_c, 0.0)
-    b_gain = _slab(p_weight, 0, b_c, m_c, 1.0) * b_scale * b_rstd
-    b_offset = _slab(p_bias, 0, b_c, m_c, 0.0) * b_scale
-    b_offset += _slab(p_shift, n * shift_row, b_c, m_c, 0.0)
+    _, b_gain, b_offset = _affine(
+        p_weight, p_bias, p_scale, p_shift, scale_row, shift_row, n, b_c, m_c
+    )
+    b_gain *= b_rstd
     b_shift = b_pre - b_mean
-    b_offset = _offset(p_x, b_shift, b_gain, b_offset)
+    b_offset = _with_shift(p_x, b_shift, b_gain, b_offset)
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, HW)
     for start in tl.range(first, last, BLOCK_P, num_stages=STAGES):
