@@ -179,49 +179,66 @@ inline VF at_most(VF x, float limit) {
 
 inline VF at_least(VF x, float limit) { return -at_most(-x, -limit); }
 
-// exp(r) for |r| <= ln(2) / 2; relative error 1e-7, or 1e-4 where `rough`. Minimax polynomials for
-// the relative error, by Remez' algorithm.
-template <bool rough>
-inline VF exp_near_zero(VF r) {
-  if constexpr (rough)
-    return ((0.1656684235f * r + 0.5049632642f) * r + 1.000164186f) * r + 0.9999280735f;
-  VF p = (0.008297655198f * r + 0.04191538198f) * r + 0.1666757473f;
-  p = ((p * r + 0.4999889485f) * r + 0.999999692f) * r + 1.000000072f;
-  return p;
-}
+#if defined(__AVX512F__)
+struct Roots {  // 2^(i / 32)
+  alignas(64) float at[32];
+  constexpr Roots() : at{} {
+    double power = 1;
+    for (float& root : at) {
+      root = float(power);
+      power *= 1.0218971486541166;
+    }
+  }
+};
+constexpr Roots roots;
+#endif
 
-// 1 + exp(-z); relative error as exp_near_zero's.
+// 2^(x * factor) = scale * rest, scale the power of the nearest multiple of 1/32, or integer where a
+// vector cannot hold the table of its fractions, rest a polynomial for what is left, minimax for the
+// relative error: 1e-7 and what the product is rounded by, or 1e-4 where `rough`.
+template <bool rough>
+struct Power {
+  VF scale, rest;
+
+  inline Power(VF x, float factor) {
+#if defined(__AVX512F__)
+    // Adding rounds, to 1/32 here; what it rounded to is counted in the lowest bits.
+    const VF shifted = x * factor + 0x1.8p18f, n = shifted - 0x1.8p18f, r = x * factor - n;
+    const VF root = (VF)_mm512_permutex2var_ps(_mm512_load_ps(roots.at), (__m512i)shifted,
+                                               _mm512_load_ps(roots.at + 16));
+    scale = (VF)_mm512_scalef_ps((__m512)root, (__m512)n);  // by 2^floor(n)
+    if constexpr (rough)
+      rest = 0.693147181f * r + 1.00002933f;
+    else
+      rest = (0.240226507f * r + 0.693157343f) * r + 1.0f;
+#else
+    const VF shifted = x * factor + 0x1.8p23f, r = x * factor - (shifted - 0x1.8p23f);
+    scale = (VF)(((VU)shifted << 23) + 0x3f800000);
+    if constexpr (rough) {
+      rest = ((0.0551716691f * r + 0.242611122f) * r + 0.693260986f) * r + 0.999928074f;
+    } else {
+      const VF p = (0.00132764722f * r + 0.00967554133f) * r + 0.0555071327f;
+      rest = ((p * r + 0.240221197f) * r + 0.693146967f) * r + 1.00000007f;
+    }
+#endif
+  }
+};
+
+// 1 + exp(-z).
 template <bool rough>
 inline VF one_plus_exp_of_minus(VF z) {
   z = at_most(z, 80.0f);
-#if defined(__AVX512F__)
-  // Far below 0 the scaling overflows to infinity, whatever the polynomial gives there.
-  const VF n = (VF)_mm512_roundscale_ps((__m512)(z * -1.44269504f), _MM_FROUND_TO_NEAREST_INT);
-#else
-  z = at_least(z, -80.0f);
-  const VF shifted = z * -1.44269504f + 0x1.8p23f;  // rounds to an integer, kept in the low bits
-  const VF n = shifted - 0x1.8p23f;
+#if !defined(__AVX512F__)
+  z = at_least(z, -80.0f);  // AVX-512 overflows to an infinite scale there, whatever the rest
 #endif
-  const VF p = exp_near_zero<rough>(-z - n * 0.693147181f);
-#if defined(__AVX512F__)
-  return (VF)_mm512_scalef_ps((__m512)p, (__m512)n) + 1.0f;
-#else
-  return (VF)((VU)p + ((VU)shifted << 23)) + 1.0f;
-#endif
+  const Power<rough> power(z, -1.44269504f);
+  return power.scale * power.rest + 1.0f;
 }
 
-// 2^x for x <= 0, relative error 1e-7; 0 or next to nothing below -126.
+// 2^x for x <= 0; 0 or next to nothing below -126.
 inline VF exp2_below_zero(VF x) {
-  x = at_least(x, -126.0f);
-#if defined(__AVX512F__)
-  const VF n = (VF)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-  const VF p = exp_near_zero<false>((x - n) * 0.693147181f);
-  return (VF)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  const VF shifted = x + 0x1.8p23f;
-  const VF p = exp_near_zero<false>((x - (shifted - 0x1.8p23f)) * 0.693147181f);
-  return (VF)((VU)p + ((VU)shifted << 23));
-#endif
+  const Power<false> power(at_least(x, -126.0f), 1.0f);
+  return power.scale * power.rest;
 }
 
 template <bool rough>
