@@ -94,7 +94,7 @@ def backward_blocks(
     elif d > 128:
         of_queries, of_keys = Blocks(64, 32, 8, 2), Blocks(64, 32, 8)
     elif d > 64:
-        of_queries, of_keys = Blocks(64, 64, 4), Blocks(64, 64, 8)
+        of_queries = of_keys = Blocks(64, 64, 8)
     elif d > 16:
         of_queries, of_keys = Blocks(128, 64, 8), Blocks(32, 64, 4)
     else:
