@@ -49,11 +49,17 @@ class Fused(NamedTuple):
     backward: Callable[..., Gradients]
 
 
+Options = tuple[int, float, bool, float, bool]
+"""num_groups, eps, silu, dropout_p, keep_sum: the end of forward's arguments."""
+
+
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         fused: Fused,
+        options: Options,
+        return_sum: bool,
         x: Tensor,
         residual: Tensor | None,
         pre_bias: Tensor | None,
@@ -62,22 +68,14 @@ class _GroupNorm(torch.autograd.Function):
         scale: Tensor | None,
         shift: Tensor | None,
         seed: Tensor | None,
-        num_groups: int,
-        eps: float,
-        silu: bool,
-        dropout_p: float,
-        keep_sum: bool,
-        return_sum: bool,
     ) -> Any:
         y, total, mean, rstd = fused.forward(
-            x, residual, pre_bias, weight, bias, scale, shift, seed,
-            num_groups, eps, silu, dropout_p, keep_sum,
-        )  # fmt: skip
+            x, residual, pre_bias, weight, bias, scale, shift, seed, *options
+        )
         s = x if total is None else total
         # A scale's gradient needs bias, bias's needs scale; pre_bias is needed only beside x.
         ctx.save_for_backward(s, pre_bias, weight, bias, scale, shift, seed, mean, rstd)
-        ctx.fused, ctx.num_groups, ctx.silu, ctx.dropout_p = fused, num_groups, silu, dropout_p
-        ctx.kept_sum = total is not None
+        ctx.fused, ctx.options, ctx.kept_sum = fused, options, total is not None
         ctx.set_materialize_grads(False)
         return (y, total) if return_sum else y
 
@@ -85,15 +83,14 @@ class _GroupNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, d_sum: Tensor | None = None) -> Any:
         s, pre_bias, weight, bias, scale, shift, seed, mean, rstd = ctx.saved_tensors
-        _, need_x, need_residual, *needs = ctx.needs_input_grad[:8]
-        grads = _backward(
+        num_groups, _, silu, dropout_p, _ = ctx.options
+        _, _, _, need_x, need_residual, *needs, _ = ctx.needs_input_grad
+        dx, *others = _backward(
             ctx.fused.backward, dy, d_sum, s, pre_bias, ctx.kept_sum, weight, bias, scale, shift,
-            seed, mean, rstd, ctx.num_groups, ctx.silu, ctx.dropout_p, tuple(needs),
+            seed, mean, rstd, num_groups, silu, dropout_p, tuple(needs),
         )  # fmt: skip
-        dx = grads[0]
         return (
-            None, dx if need_x else None, dx if need_residual else None, *grads[1:],
-            None, None, None, None, None, None, None,
+            None, None, None, dx if need_x else None, dx if need_residual else None, *others, None
         )  # fmt: skip
 
 
@@ -172,17 +169,19 @@ def group_norm_with(fused: Fused, traced: Callable[..., Any]) -> Callable[..., A
         elif seed is None:
             seed = reference.draw_seed(x.device)
         differentiable = torch.is_grad_enabled()
-        arguments = (
+        tensors = (
             x, residual, _rows(pre_bias), _rows(weight), _rows(bias), _rows(scale), _rows(shift),
-            seed, num_groups, eps, activation == "silu", dropout_p,
-            return_sum or (residual is not None and differentiable),
+            seed,
         )  # fmt: skip
+        keep_sum = return_sum or (residual is not None and differentiable)
+        options = num_groups, eps, activation == "silu", dropout_p, keep_sum
         if torch.compiler.is_compiling():
-            y, total, _, _ = traced(*arguments)
+            y, total, _, _ = traced(*tensors, *options)
         elif differentiable:
-            return _GroupNorm.apply(fused, *arguments, return_sum)
+            # Each argument of `apply` and each gradient that it gets back costs the host time.
+            return _GroupNorm.apply(fused, options, return_sum, *tensors)
         else:
-            y, total, _, _ = fused.forward(*arguments)
+            y, total, _, _ = fused.forward(*tensors, *options)
         return (y, total) if return_sum else y
 
     return group_norm
