@@ -37,12 +37,12 @@ extern const Kernels kernels;
 using torch::stable::Tensor;
 
 Format format_of(const Tensor& x) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  if (dtype == aoti_torch_dtype_float32()) return Format::float32;
-  if (dtype == aoti_torch_dtype_bfloat16()) return Format::bfloat16;
-  if (dtype == aoti_torch_dtype_float16()) return Format::float16;
-  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float64(), "not a floating-point tensor");
+  using torch::headeronly::ScalarType;
+  const ScalarType type = x.scalar_type();
+  if (type == ScalarType::Float) return Format::float32;
+  if (type == ScalarType::BFloat16) return Format::bfloat16;
+  if (type == ScalarType::Half) return Format::float16;
+  STD_TORCH_CHECK(type == ScalarType::Double, "not a floating-point tensor");
   return Format::float64;
 }
 
