@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tracing import assume_constant_result
+
 _WORD = 0xFFFFFFFF
 
 
@@ -168,9 +170,15 @@ def philox(
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """Suspend autocast, which runs products in half precision and, on CUDA, group norms in fp32."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+# Dynamo of torch 2.10 cannot trace the question.
+@assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
