@@ -303,8 +303,8 @@ class RunConfig:
     seeds: tuple[int, ...] = (0,)
     """A classifier per method and seed; generator and amplifier are shared."""
     audit: bool = True
-    """Judge whether there is a bias at all, which takes synthetic images without guidance and five
-    more trainings of the amplifier's length, and whether the generator copied training images."""
+    """Judge whether there is a bias at all, which takes three more trainings of the amplifier's
+    length, and whether the generator copied training images."""
     selection: Literal[
         "last", "average_accuracy", "unbiased_accuracy", "worst_group_accuracy"
     ] = "last"  # fmt: skip

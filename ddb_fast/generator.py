@@ -115,24 +115,15 @@ def load_diffusion(folder: Path) -> tuple[UNet, DiffusionConfig, tuple[str, ...]
     return unet.eval(), config, classes
 
 
-def synthesise(
-    context: Context,
-    diffusion_folder: Path,
-    folder: Path,
-    shards: Path,
-    *,
-    guidance_scale: float | None = None,
-) -> float:
+def synthesise(context: Context, diffusion_folder: Path, folder: Path, shards: Path) -> float:
     """Sample the synthetic set, sharded over processes and resumable; return this run's seconds.
 
-    guidance_scale: None for the configuration's; another one starts from the same noise.
     Image k depends on the weights, its label and its own seed only: every batch is padded to the
     configured size, so world size and interruptions do not change a byte. Where memory does not
     suffice for that size, a smaller one is used; every shard's metadata holds its own.
     """
     began = time.monotonic()
     config, accelerator = context.config.sampling, context.accelerator
-    scale = config.guidance_scale if guidance_scale is None else guidance_scale
     unet, diffusion, _ = load_diffusion(diffusion_folder)
     unet.to(context.device)
     graphs = context.device.type == "cuda" and context.config.step != "eager"
@@ -145,8 +136,7 @@ def synthesise(
     missing = [b for b in own if not (shards / f"{b:06d}.safetensors").exists()]
     total = sum(len(parts[b]) for b in own)
     start = total - sum(len(parts[b]) for b in missing)
-    stage = "synthetic" if guidance_scale is None else "unguided"
-    bar = Progress(context.log, stage, total=total, start=start, shown=shown)
+    bar = Progress(context.log, "synthetic", total=total, start=start, shown=shown)
     at_once = config.batch_size
     with bar:
         for b in missing:
@@ -161,7 +151,7 @@ def synthesise(
                     target=diffusion.target,
                     sampler=config.sampler,
                     steps=config.steps,
-                    guidance_scale=scale,
+                    guidance_scale=config.guidance_scale,
                     guidance_interval=config.guidance_interval,
                     clip_x0=config.clip_x0,
                     clip_percentile=config.clip_percentile,

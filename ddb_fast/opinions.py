@@ -1,7 +1,7 @@
-"""What is trained for the verdict: second amplifiers, amplifiers without guidance, an ERM.
+"""What is trained for the verdict: a second amplifier, and an ERM for each half of the images.
 
-All have the amplifier's network, recipe and length. What each says of the real training images is
-kept in `opinions.safetensors`; `ddb_fast.verdict` judges it.
+All have the amplifier's network, recipe and length, and first weights of their own. What each says
+of the real training images is kept in `audit/predictions.safetensors`; `ddb_fast.verdict` judges.
 """
 
 from dataclasses import dataclass
@@ -29,15 +29,13 @@ FOLDS = 2
 class Opinions:
     """Classes predicted for the N real training images, each (N,) int64.
 
-    guided and again: two amplifiers, other first weights and order, trained on the guided synthetic
-    images; plain and plain_again: the same two, trained on images sampled without guidance; erm:
-    trained on real images, each image judged by the one of two networks that has not seen it.
+    amplifier, again: the run's amplifier and one of other first weights and order, both trained on
+    the synthetic images; erm: trained on real images, each image judged by the one of two networks
+    that has not seen it.
     """
 
-    guided: Tensor
+    amplifier: Tensor
     again: Tensor
-    plain: Tensor
-    plain_again: Tensor
     erm: Tensor
 
 
@@ -52,12 +50,11 @@ def folds(y: Tensor, seed: int) -> Tensor:
 
 
 def gather_opinions(
-    context: Context, *, guided: Path, plain: Path, amplifier: Path, folder: Path, parts: Path
+    context: Context, *, synthetic: Path, amplifier: Path, folder: Path, parts: Path
 ) -> None:
-    """Train what the verdict needs and write `folder/opinions.safetensors`; resumable.
+    """Train what the verdict needs and write `folder/predictions.safetensors`; resumable.
 
-    guided, plain: synthetic sets with and without guidance; amplifier: the run's, trained on the
-    guided one. parts: where each network's answers are kept meanwhile.
+    synthetic, amplifier: the run's. parts: where each network's answers are kept meanwhile.
     """
     config, accelerator, data = context.config, context.accelerator, context.data
     train, classes = data.splits["train"], len(data.classes)
@@ -90,26 +87,22 @@ def gather_opinions(
             accelerator.wait_for_everyone()
         return checkpoint.load_tensors(kept)[0]["predicted"]
 
-    first, second = config.seed, config.seed + 1
     network, _, _ = load_classifier(amplifier / "model.safetensors")
-    said = {"guided": answers(network.to(context.device))}
-    for name, path, seed in (
-        ("again", guided, second),
-        ("plain", plain, first),
-        ("plain_again", plain, second),
-    ):
-        tensors, _ = checkpoint.load_tensors(path / "images.safetensors")
-        images = tensors["images"].permute(0, 2, 3, 1).contiguous()
-        said[name] = opinion(name, images, tensors["labels"], seed)
-    half, said["erm"] = folds(train.y, first), torch.empty_like(train.y)
+    said = {"amplifier": answers(network.to(context.device))}
+    tensors, _ = checkpoint.load_tensors(synthetic / "images.safetensors")
+    images = tensors["images"].permute(0, 2, 3, 1).contiguous()
+    # The amplifier's own seed is the run's. Networks from the same first weights agree more often.
+    said["again"] = opinion("again", images, tensors["labels"], config.seed + 1)
+    half, said["erm"] = folds(train.y, config.seed), torch.empty_like(train.y)
     for part in range(FOLDS):
         own = (half != part).nonzero()[:, 0]
-        judged = opinion(f"erm half {part}", train.small[own], train.y[own], first)
+        seed = config.seed + 2 + part
+        judged = opinion(f"erm half {part}", train.small[own], train.y[own], seed)
         said["erm"] = torch.where(half == part, judged, said["erm"])
     if accelerator.is_main_process:
-        checkpoint.save_tensors(folder / "opinions.safetensors", said, {})
+        checkpoint.save_tensors(folder / "predictions.safetensors", said, {})
 
 
 def read_opinions(folder: Path) -> Opinions:
     """What `gather_opinions` wrote."""
-    return Opinions(**checkpoint.load_tensors(folder / "opinions.safetensors")[0])
+    return Opinions(**checkpoint.load_tensors(folder / "predictions.safetensors")[0])

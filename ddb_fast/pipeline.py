@@ -232,36 +232,22 @@ def _amplify(context: Context, stage: Stages, path: Path) -> Scores:
 
 
 def _audit(context: Context, stage: Stages, path: Path) -> None:
-    """Did the generator copy images? And amplifiers with and without guidance, for the verdict."""
-    sampling, main = context.config.sampling, context.accelerator.is_main_process
-    work = partial(
-        memorisation,
-        context,
-        path / "synthetic" / "images.safetensors",
-        path / "amplifier" / "model.safetensors",
-        path / "memorisation.json",
-    )
+    """Did the generator copy images? And what the verdict rests on."""
+    synthetic, amplifier, audit = path / "synthetic", path / "amplifier", path / "audit"
+    images, model = synthetic / "images.safetensors", amplifier / "model.safetensors"
+    work = partial(memorisation, context, images, model, path / "memorisation.json")
+    main = context.accelerator.is_main_process
     stage("memorisation", lambda: work() if main else None)
-    unguided = sampling.guidance_scale <= 1 or len(set(sampling.guidance_interval)) == 1
-    if sampling.load is not None or unguided:
-        given = "given" if sampling.load is not None else "sampled without guidance"
-        logger.info("no verdict on whether there is a bias: the synthetic images are %s", given)
-        return
-    audit, diffusion, guided = path / "audit", path / "diffusion", path / "synthetic"
-    plain, parts = audit / "unguided", audit / "parts"
-    shards = plain / "shards"
-    work = partial(synthesise, context, diffusion, plain, shards, guidance_scale=1.0)
-    stage("unguided", work, shards)
+    parts = audit / "parts"
     work = partial(
         gather_opinions,
         context,
-        guided=guided,
-        plain=plain,
-        amplifier=path / "amplifier",
+        synthetic=synthetic,
+        amplifier=amplifier,
         folder=audit,
         parts=parts,
     )
-    stage("opinions", work, parts)
+    stage("verdict", work, parts)
 
 
 def _amplify_real(context: Context, stage: Stages, amplifier: Path) -> Scores:

@@ -93,7 +93,7 @@ def _memorisation(path: Path) -> dict[str, Any] | None:
 
 
 def _verdict(folder: Path, data: ImageData) -> dict[str, Any] | None:
-    if not (folder / "opinions.safetensors").exists():
+    if not (folder / "predictions.safetensors").exists():
         return None
     y = data.splits["train"].y
     return as_data(judge(y, **vars(read_opinions(folder))), y, data.classes)

@@ -24,7 +24,7 @@ from ddb_fast.config import (
     RunConfig,
 )
 from ddb_fast.fields import fields_hash, to_json
-from ddb_fast.stages import default_fields, stage_fields
+from ddb_fast.stages import STAGE_FIELDS, default_fields, stage_fields
 
 
 def _git_commit() -> str | None:
@@ -118,6 +118,8 @@ class RunFolder:
     def _refuse_differences(self) -> None:
         differences, defaults = {}, default_fields()
         for key, entry in self._stages.items():
+            if key.split("/")[0] not in STAGE_FIELDS:
+                continue  # of another version of this package
             asked = self._fields(key)
             for name in sorted(set(asked) | set(entry["fields"])):
                 # A field that came after this run was begun had its default there.

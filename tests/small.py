@@ -35,7 +35,7 @@ FIELDS = {
     "progress": "false",
     "seeds": "0 1",
     "methods": "erm ddb-i ddb-ii",
-    # It trains the amplifier five times more; tests of the audit ask for it.
+    # It trains the amplifier three times more; tests of the audit ask for it.
     "audit": "false",
 }
 

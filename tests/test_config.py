@@ -140,8 +140,8 @@ def test_stage_fields_change_only_what_depends_on_them():
     ddb = {"ddb-i", "ddb-i-error-set", "ddb-i-predicted", "ddb-ii"}
     real = {"real-amplifier-i", "real-amplifier-ii"}
     jtt = {"jtt-identification", "jtt"}
-    audit = {"opinions", "memorisation"}
-    generator = {"diffusion", "synthetic", "unguided"}
+    audit = {"verdict", "memorisation"}
+    generator = {"diffusion", "synthetic"}
     assert changed("diffusion.lr", 1) == generator | {"amplifier", "scores"} | audit | ddb
     amplifiers = {"amplifier", "scores", "real-amplifier", "real-scores"} | audit
     assert changed("amplifier.lr", 1) == amplifiers | ddb | real

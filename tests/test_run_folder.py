@@ -37,6 +37,23 @@ def test_a_field_that_came_later_had_its_default(tmp_path):
         open_folder(other)
 
 
+def test_a_stage_of_another_version_is_left_alone(tmp_path):
+    config = with_fields(PRESETS["digits"](), {"out": str(tmp_path / "run")})
+    folder = open_folder(config)
+    folder.begin("erm/seed0")
+    folder.finish("erm/seed0", 1.0)
+    folder.close()
+    manifest = tmp_path / "run" / "manifest.json"
+    other = json.loads(manifest.read_text())
+    other["stages"]["polish"] = other["stages"]["erm/seed0"]
+    manifest.write_text(json.dumps(other))
+
+    again = open_folder(config)
+    assert again.done("erm/seed0")
+    again.close()
+    assert "polish" in json.loads(manifest.read_text())["stages"]
+
+
 def test_defaults_are_those_of_the_dataclasses():
     defaults, digits = default_fields(), flatten(PRESETS["digits"]())
     assert set(defaults) < set(digits)
