@@ -97,8 +97,12 @@ def backends() -> dict[str, dict[str, list[str]]]:
     }
 
 
-def choose(op: str, name: str | None, *arguments: Any) -> Callable[..., Any]:
+def choose(
+    op: str, name: str | None, *arguments: Any, gradients: bool | None = None
+) -> Callable[..., Any]:
     """Return the function that runs `op` on these arguments.
+
+    gradients: whether automatic takes what is fastest with them; None: if they are recorded now.
 
     Raises:
         ValueError: the backend asked for by name does not exist or cannot run the op, or automatic
@@ -112,7 +116,7 @@ def choose(op: str, name: str | None, *arguments: Any) -> Callable[..., Any]:
             raise ValueError(f"{op}: backend {name!r} cannot run this: {'; '.join(reasons)}")
         return backend.ops[op]
     refused = []
-    for name in automatic(op, *arguments):
+    for name in automatic(op, *arguments, gradients=gradients):
         backend = _backend(name)
         reasons = backend.why_not(op, *arguments)
         if not reasons:
@@ -123,9 +127,11 @@ def choose(op: str, name: str | None, *arguments: Any) -> Callable[..., Any]:
     raise ValueError(f"{op}: no backend can run this: {'; '.join(refused)}")
 
 
-def automatic(op: str, *arguments: Any) -> tuple[str, ...]:
+def automatic(op: str, *arguments: Any, gradients: bool | None = None) -> tuple[str, ...]:
     """Name the backends that automatic tries for `op` on these arguments, best first."""
     x = arguments[0]
+    if gradients is None:
+        gradients = torch.is_grad_enabled()
     if op == "group_norm":
         describe, details = tuned.group_norm_class, (x.dtype, x.is_contiguous(), x.shape[1:])
         usual = ("native" if x.device.type == "cpu" else "triton", "torch", "reference")
@@ -136,7 +142,7 @@ def automatic(op: str, *arguments: Any) -> tuple[str, ...]:
             length, width = x.shape[1], x.shape[2] // (3 * arguments[1])
         describe, details = tuned.attention_class, (x.dtype, length, width)
         if x.device.type == "cpu":
-            long = length * width >= _LARGE if torch.is_grad_enabled() else length >= _LONG
+            long = length * width >= _LARGE if gradients else length >= _LONG
             usual = ("native", "torch", "reference")
             if _TILES and long and x.dtype == torch.bfloat16:
                 usual = ("torch", "native", "reference")
@@ -145,7 +151,7 @@ def automatic(op: str, *arguments: Any) -> tuple[str, ...]:
         else:
             usual = ("torch", "reference")
     find = _measured if torch.compiler.is_compiling() else _remembered
-    measured = find(OPS[op], x.device, describe, *details, torch.is_grad_enabled())
+    measured = find(OPS[op], x.device, describe, *details, gradients)
     return usual if measured is None else (measured, *usual)
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
 
@@ -48,6 +47,11 @@ def _apart(q: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int) -> tup
     return q, k, v
 
 
+def _unpacked_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Make dq, dk and dv; dk and dv lie alike however k and v do."""
+    return tuple(empty_like_tokens(*x.shape, like) for x, like in ((q, q), (k, k), (v, k)))
+
+
 def _forward(
     fused: Fused, q: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -70,7 +74,7 @@ def _backward(
         d_qkv = q.new_empty(q.shape)
         results, gradients = (d_qkv, None, None), reference.unpack(d_qkv, num_heads)
     else:
-        results = gradients = tuple(empty_like_tokens(*x.shape, x) for x in operands)
+        results = gradients = _unpacked_gradients(*operands)
     fused.backward(_dense(do), *operands, o, statistics, scale, gradients)
     return results
 
@@ -92,10 +96,22 @@ class _Attention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:
-        grads = _backward(ctx.fused, do, *ctx.saved_tensors, ctx.num_heads, ctx.scale)
+        if torch.is_grad_enabled():
+            grads = _differentiable(ctx, do)
+        else:
+            grads = _backward(ctx.fused, do, *ctx.saved_tensors, ctx.num_heads, ctx.scale)
         return (None, *grads, None, None)
+
+
+def _differentiable(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients once more from the reference, as a graph: for second derivatives."""
+    q, k, v, _, _ = ctx.saved_tensors
+
+    def o(q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+        return reference.attention(*_apart(q, k, v, ctx.num_heads), scale=ctx.scale)
+
+    return reference.gradients(o, (q, k, v), ctx.needs_input_grad[1:4], do)
 
 
 def attention_with(name: str, fused: Fused) -> Mapping[str, Callable[..., Tensor]]:
@@ -156,7 +172,7 @@ def _register(name: str, fused: Fused) -> Callable[..., tuple[Tensor, Tensor]]:
     def _(do, q, k, v, o, statistics, num_heads, scale):
         if k is None:
             return q.new_empty(q.shape), q.new_empty(0), q.new_empty(0)
-        return tuple(empty_like_tokens(*x.shape, x) for x in map(_dense, (q, k, v)))
+        return _unpacked_gradients(*map(_dense, (q, k, v)))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
         *tensors, ctx.num_heads, ctx.scale = inputs

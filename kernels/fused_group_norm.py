@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
 
@@ -80,18 +79,42 @@ class _GroupNorm(torch.autograd.Function):
         return (y, total) if return_sum else y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, d_sum: Tensor | None = None) -> Any:
-        s, pre_bias, weight, bias, scale, shift, seed, mean, rstd = ctx.saved_tensors
-        num_groups, _, silu, dropout_p, _ = ctx.options
         _, _, _, need_x, need_residual, *needs, _ = ctx.needs_input_grad
-        dx, *others = _backward(
-            ctx.fused.backward, dy, d_sum, s, pre_bias, ctx.kept_sum, weight, bias, scale, shift,
-            seed, mean, rstd, num_groups, silu, dropout_p, tuple(needs),
-        )  # fmt: skip
+        if torch.is_grad_enabled():
+            dx, *others = _differentiable(ctx, dy, (need_x, *needs))
+        else:
+            s, pre_bias, weight, bias, scale, shift, seed, mean, rstd = ctx.saved_tensors
+            num_groups, _, silu, dropout_p, _ = ctx.options
+            dx, *others = _backward(
+                ctx.fused.backward, dy, d_sum, s, pre_bias, ctx.kept_sum, weight, bias, scale,
+                shift, seed, mean, rstd, num_groups, silu, dropout_p, tuple(needs),
+            )  # fmt: skip
         return (
             None, None, None, dx if need_x else None, dx if need_residual else None, *others, None
         )  # fmt: skip
+
+
+def _differentiable(ctx: Any, dy: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients once more from the reference, as a graph: for second derivatives."""
+    if ctx.kept_sum:
+        # What was kept is no operand: nothing leads from it to x and the residual.
+        raise RuntimeError(
+            "group_norm with a residual or return_sum has no second derivatives in this backend; "
+            'backend="torch" has'
+        )
+    x, pre_bias, weight, bias, scale, shift, seed, _, _ = ctx.saved_tensors
+    num_groups, eps, silu, dropout_p, _ = ctx.options
+
+    def y(x: Tensor, *operands: Tensor | None) -> Tensor:
+        pre_bias, weight, bias, scale, shift = operands
+        return reference.group_norm(
+            x, num_groups, weight, bias, eps, pre_bias=pre_bias, scale=scale, shift=shift,
+            activation="silu" if silu else None, dropout_p=dropout_p, seed=seed, residual=None,
+            return_sum=False,
+        )  # fmt: skip
+
+    return reference.gradients(y, (x, pre_bias, weight, bias, scale, shift), needs, dy)
 
 
 def _backward(

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import fused_attention
 from .fused_attention import attention_with, empty_like_tokens
 from .fused_group_norm import Fused, Gradients, group_norm_with, register
-from .tracing import assume_constant_result
+from .tracing import assume_constant_result, torch_operators_only
 
 LIBRARY = Path(__file__).with_name("_native.so")
 
@@ -32,7 +32,7 @@ def why_not(op: str, *arguments: Any) -> list[str]:
         return [f"the C++ operators run on CPUs, not on {x.device.type}"]
     if x.dtype == torch.float64 and op != "group_norm":
         return ["the C++ attention computes in fp32, these tensors are fp64"]
-    return []
+    return torch_operators_only()
 
 
 # A constant of the trace: torch.compile cannot trace the loading of a library.

@@ -70,7 +70,9 @@ def group_norm(
         x = x.contiguous(
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
         )
-    result = choose("group_norm", backend, x, num_groups)(
+    # A reentrant checkpoint runs without gradients first: the same backend has to draw its mask.
+    gradients = True if dropout_p > 0 else None
+    result = choose("group_norm", backend, x, num_groups, gradients=gradients)(
         x,
         num_groups,
         weight,

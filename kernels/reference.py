@@ -5,6 +5,7 @@ the arguments that `ops.py` has checked: x is (N, C, H, W), contiguous or channe
 """
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -166,6 +167,21 @@ def philox(
         c2, c3 = (a >> 32 & _WORD) ^ c3 ^ k1, a & _WORD
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
     return c0, c1, c2, c3
+
+
+def gradients(
+    function: Callable[..., Tensor],
+    operands: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    dy: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the needed operands, themselves differentiable; None for the others."""
+    with torch.enable_grad():
+        # Views: one tensor may be two operands, and each has a gradient of its own.
+        own = [None if x is None else x.view_as(x) for x in operands]
+        wanted = [x for x, need in zip(own, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(function(*own), wanted, dy, create_graph=True))
+    return tuple(next(found) if need else None for need in needs)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:

@@ -111,10 +111,15 @@ def qkv_attention_legacy(self: nn.Module, qkv: Tensor) -> Tensor:
 class KernelAttnProcessor:
     """AttnProcessor2_0 of diffusers with this package's attention; `owner` is what it replaced.
 
-    A call with a mask, or with arguments that are deprecated there, goes to the owner.
+    A call with a mask, or with arguments that are deprecated there, goes to the owner. Without one,
+    as diffusers makes processors anew when it loads an IP-Adapter, the owner is AttnProcessor2_0.
     """
 
-    def __init__(self, owner: Callable[..., Tensor]):
+    def __init__(self, owner: Callable[..., Tensor] | None = None):
+        if owner is None:
+            from diffusers.models.attention_processor import AttnProcessor2_0
+
+            owner = AttnProcessor2_0()
         self.owner = owner
 
     def __call__(

@@ -48,7 +48,7 @@ def group_norm(
     else:
         y = _modulated_group_norm(x, num_groups, weight, bias, eps, scale, shift)
     if activation == "silu":
-        y = F.silu(y, inplace=not y.requires_grad)
+        y = F.silu(y, inplace=not (y.requires_grad or torch.jit.is_tracing()))
     if dropout_p > 0:
         y = F.dropout(y, dropout_p) if seed is None else reference.dropout(y, dropout_p, seed)
     return (y, x) if return_sum else y
@@ -100,8 +100,9 @@ def _group_norm(
     if x.device.type != "cpu":
         # torch's CUDA kernel takes parameters of x's dtype only.
         dtype = x.dtype
-    elif weight is None and bias is None and dtype != x.dtype:
+    elif weight is None and (bias is not None or dtype != x.dtype):
         # Without an fp32 parameter the statistics would be kept for the backward in half precision.
+        # And the backward of torch's channels_last takes no bias without a weight.
         weight = x.new_ones(x.shape[1], dtype=dtype)
     # Not F.group_norm, which refuses one element per channel.
     with reference.no_autocast(x.device):

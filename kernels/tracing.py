@@ -1,7 +1,10 @@
-"""Marks for torch.compile that do not import it."""
+"""Marks for torch.compile that do not import it, and what sees torch's own operators only."""
 
 from collections.abc import Callable
 from typing import TypeVar
+
+import torch
+from torch.autograd import forward_ad
 
 F = TypeVar("F", bound=Callable)
 
@@ -14,3 +17,17 @@ def assume_constant_result(function: F) -> F:
     """
     function._dynamo_marked_constant = True
     return function
+
+
+def torch_operators_only() -> list[str]:
+    """Say what is going on that needs torch's own operators; kernels would be left out unseen."""
+    if torch.compiler.is_compiling():
+        return []
+    reasons = []
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        reasons.append("the transforms of torch.func see through torch's own operators only")
+    if forward_ad._current_level >= 0:
+        reasons.append("it has no forward-mode derivatives")
+    if torch.jit.is_tracing():
+        reasons.append("torch.jit.trace records torch's own operators only")
+    return reasons

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .tracing import torch_operators_only
+
 _INSTALLED = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -25,6 +27,8 @@ def why_not(op: str, *arguments: Any) -> list[str]:
     if device != ("cpu" if _INTERPRETED else "cuda"):
         where = "the interpreter takes CPU tensors" if _INTERPRETED else "it takes CUDA tensors"
         return [f"{where}, this one is on {device}"]
+    if reasons := torch_operators_only():
+        return reasons
     if op == "group_norm":
         from . import triton_group_norm
 

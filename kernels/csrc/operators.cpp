@@ -158,6 +158,7 @@ using Tasks = void (*)(const Call&, int64_t, int64_t, void*);
 
 void run(const Call& call, Tasks tasks) {
   const int64_t count = call.samples * ((call.channels + call.slab - 1) / call.slab);
+  if (count == 0) return;
   // Below some ten thousand elements a second thread costs more than it does.
   const int64_t grain = std::max(int64_t(32768) / (call.slab * call.pixels), int64_t(1));
   const int64_t bytes = (kernels().scratch_bytes(call) + 63) / 64 * 64;

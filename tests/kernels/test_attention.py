@@ -83,6 +83,43 @@ def test_any_strides(backend):
 
 
 @backends
+@pytest.mark.parametrize("length", (8, 70))
+@pytest.mark.parametrize("different", range(3))
+def test_gradients_where_one_operand_lies_differently(backend, length, different):
+    """As where k comes out of a norm or an embedding of positions and v straight from the layer."""
+    dense = draw((2, 3, length, 16), length)
+    apart = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in dense]
+    apart[different] = dense[different].contiguous()
+    truths = [t.double().requires_grad_() for t in dense]
+    do = torch.randn(2, 3, length, 16)
+    weights = (truths[0] @ truths[1].mT / 4).softmax(-1)
+    expected = torch.autograd.grad(weights @ truths[2], truths, do.double())
+    own = [t.requires_grad_() for t in apart]
+    actual = torch.autograd.grad(attention(*own, backend=backend), own, do)
+    assert max(map(error, actual, expected)) <= 6e-6
+
+
+@pytest.mark.parametrize("backend", ("triton", "native"))  # torch's has none on a CPU, and says so
+@pytest.mark.parametrize("packed", (False, True))
+def test_second_derivatives(backend, packed):
+    """Against the reference in fp64, as a gradient penalty takes them."""
+
+    def derivatives(backend, dtype):
+        torch.manual_seed(0)
+        operands = [torch.randn(2, 5, 48).to(dtype).requires_grad_()]
+        if packed:
+            o = attention_qkv(*operands, 2, backend=backend)
+        else:
+            operands = [t.requires_grad_() for t in torch.randn(3, 2, 2, 5, 8).to(dtype)]
+            o = attention(*operands, backend=backend)
+        first = torch.autograd.grad(o.pow(3).sum(), operands, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), operands)
+
+    expected = derivatives("reference", torch.float64)
+    assert max(map(error, derivatives(backend, torch.float32), expected)) <= 1e-5
+
+
+@backends
 def test_large_scores_do_not_overflow(backend):
     v = torch.randn(1, 1, 8, 8)
     one_hot = torch.eye(8).expand_as(v)

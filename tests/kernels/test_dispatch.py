@@ -1,6 +1,7 @@
 """Which backend runs: precedence, refusals, fallback, and isolation between threads and tasks."""
 
 import asyncio
+import functools
 import logging
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from ddb_fast.kernels import (
     attention,
@@ -53,7 +56,7 @@ def install(monkeypatch):
     def replace(*backends):
         monkeypatch.setattr(dispatch, "BACKENDS", backends)
         names = tuple(backend.name for backend in backends)
-        monkeypatch.setattr(dispatch, "automatic", lambda op, *arguments: names)
+        monkeypatch.setattr(dispatch, "automatic", lambda op, *arguments, gradients: names)
 
     return replace
 
@@ -379,3 +382,38 @@ def test_a_constant_of_the_trace_is_marked_as_torch_marks_it():
     assert vars(ours) == vars(theirs) != {}
     code = "import sys, ddb_fast.kernels; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("op", ("group_norm", "attention"))
+@pytest.mark.parametrize("enabled", (False, True))
+def test_transforms_get_torchs_own_operators(op, enabled):
+    """Else a tangent would be 0 without a word, and a transform or a trace fail."""
+    torch.manual_seed(0)
+    x, v = torch.randn(2, 2, 8, 4, 4)
+
+    def ours(x):
+        if op == "group_norm":
+            return group_norm(x, 2, activation="silu")
+        return attention(x, x, x)
+
+    def plain(x):
+        return F.silu(F.group_norm(x, 2)) if op == "group_norm" else (x @ x.mT / 2).softmax(-1) @ x
+
+    def squares(f):
+        return lambda x: f(x).square().sum()
+
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    with torch.set_grad_enabled(enabled):
+        close(torch.func.grad(squares(ours))(x), torch.func.grad(squares(plain))(x))
+        stacked = torch.stack((x, v))
+        close(torch.func.vmap(ours)(stacked), torch.func.vmap(plain)(stacked))
+        close(torch.jit.trace(ours, x)(v), plain(v))
+        if op == "group_norm":  # torch's attention has none on a CPU, and says so
+            y, tangent = torch.func.jvp(plain, (x,), (v,))
+            close(torch.func.jvp(ours, (x,), (v,)), (y, tangent))
+            with forward_ad.dual_level():
+                dual = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, v)))
+                close(dual.tangent, tangent)
+    if not dispatch.native.why_not(op):
+        with use_backend(**{op: "native"}), pytest.raises(ValueError, match="own operators"):
+            torch.func.grad(squares(ours))(x)

@@ -206,7 +206,7 @@ def test_any_strides_end_in_the_nearer_layout(backend, shape):
 
 @backends
 @layouts
-@pytest.mark.parametrize("shape", ((0, 6, 4, 4), (0, 6), (0, 6, 3)))
+@pytest.mark.parametrize("shape", ((0, 6, 4, 4), (0, 6), (0, 6, 3), (0, 6, 0, 4), (0, 6, 0)))
 def test_no_samples(backend, layout, shape):
     layout = layout if len(shape) == 4 else CONTIGUOUS
     full = {name: t.requires_grad_() for name, t in operands(shape, layout=layout).items()}
@@ -222,6 +222,71 @@ def test_no_samples(backend, layout, shape):
     assert y.shape == shape and y.dtype == torch.float32
     gradients = torch.autograd.grad(y.sum(), list(full.values()))
     assert all(not gradient.any() for gradient in gradients)
+
+
+@backends
+@layouts
+@pytest.mark.parametrize("names", ((), ("pre_bias", "scale", "shift"), ("seed",)))
+def test_second_derivatives(backend, layout, names):
+    """Against the reference in fp64, as a gradient penalty takes them."""
+
+    def derivatives(backend, dtype):
+        torch.manual_seed(0)
+        x = torch.randn(2, 6, 3, 5).to(dtype).contiguous(memory_format=layout)
+        weight, bias = torch.randn(2, 6).to(dtype)
+        options = {}
+        if "seed" in names:
+            options |= {"seed": torch.tensor(3), "dropout_p": 0.3}
+        elif names:
+            options |= dict(zip(names, torch.randn(3, 2, 6).to(dtype), strict=True))
+        operands = [x, weight, bias, *(options[name] for name in names if name != "seed")]
+        for operand in operands:
+            operand.requires_grad_()
+        y = group_norm(x, 3, weight, bias, activation="silu", backend=backend, **options)
+        first = torch.autograd.grad(y.pow(3).sum(), operands, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), operands)
+
+    expected = derivatives("reference", torch.float64)
+    for actual, truth in zip(derivatives(backend, torch.float32), expected, strict=True):
+        assert error(actual, truth) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ("triton", NATIVE))
+def test_second_derivatives_of_a_residual_are_refused(backend):
+    x, residual = torch.randn(2, 2, 6, 3, 5).requires_grad_().unbind()
+    y = group_norm(x, 3, residual=residual, backend=backend)
+    with pytest.raises(RuntimeError, match='backend="torch" has'):
+        torch.autograd.grad(y.pow(3).sum(), (x, residual), create_graph=True)
+
+
+@backends
+@layouts
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=str)
+@pytest.mark.parametrize("given", ("weight", "bias"))
+def test_one_parameter_without_the_other(backend, layout, dtype, given):
+    x = torch.randn(2, 6, 3, 5).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    parameter, dy = torch.randn(6, requires_grad=True), torch.randn(2, 6, 3, 5)
+    exact = [t.detach().double().requires_grad_() for t in (x, parameter)]
+    y, _ = naive(exact[0], 3, **{given: exact[1]})
+    expected = torch.autograd.grad(y, exact, dy.double())
+    actual = torch.autograd.grad(
+        group_norm(x, 3, **{given: parameter}, backend=backend), (x, parameter), dy.to(dtype)
+    )
+    bound = 6e-6 if dtype == torch.float32 else 8e-3
+    assert max(map(error, actual, expected)) <= bound
+
+
+def test_a_checkpoint_that_runs_without_gradients_first_draws_the_same_mask():
+    """Which backend runs must not depend on the pass; bf16 of this size has two fastest ones."""
+    x = torch.randn(2, 256, 8, 8).bfloat16()
+    shift = torch.zeros(2, 256, requires_grad=True)
+
+    def block(x, shift):
+        return group_norm(x, 32, shift=shift, dropout_p=0.5)
+
+    y = torch.utils.checkpoint.checkpoint(block, x, shift, use_reentrant=True)
+    y.backward((y != 0).to(y.dtype))
+    assert torch.equal(shift.grad, 2.0 * (y != 0).sum((2, 3)))
 
 
 @doubles
