@@ -8,12 +8,11 @@ Sources: Hugging Face diffusers (`models/resnet.py`, `models/attention_processor
 Nichol 2021, guided-diffusion (`unet.py`, `nn.py`), which latent-diffusion took over.
 """
 
-import ast
 import functools
 import inspect
 import re
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import swap_forwards as forwards
 from .ops import MAX_HEAD_DIM
+from .swap_code import Known, code_of, why_not_ours
 
 NORM = "group norm"
 CHAIN = "group norm + SiLU"
@@ -75,6 +75,13 @@ _QKV = {
     "QKVAttentionLegacy": (forwards.qkv_attention_legacy, _QKV_COMPUTES | {"ch * 3"}),
     "QKVAttention": (forwards.qkv_attention, _QKV_COMPUTES),
 }
+# What they call beside the attributes that they read: these only change shape or dtype, ...
+_SHAPES = _names("chunk contiguous flatten float len permute reshape split to transpose type view")
+# ... and what is called through a subscript, as `to_out[0](x)`, has no name.
+_RESNET_CALLS = _SHAPES | _names("ValueError deprecate get")
+_PROCESSOR_CALLS = _SHAPES | _names("deprecate get scaled_dot_product_attention")
+_RES_BLOCK_CALLS = _SHAPES | _names("in_conv in_rest out_norm out_rest")
+_QKV_CALLS = _SHAPES | _names("einsum softmax sqrt")
 _HEAD = re.compile(r"(\w+) = self\.conv_norm_out\(\1\)\n\1 = self\.conv_act\(\1\)\n")
 _IN_FP32 = re.compile(r"return super\(\)\.forward\((\w+)\.float\(\)\)\.(type|to)\(\1\.dtype\)$")
 
@@ -129,7 +136,8 @@ def resnet_block(module: nn.Module) -> Swap | Keep | None:
     """The ResnetBlock2D of diffusers."""
     if not _is_a(module, "ResnetBlock2D") or forwards.installed(module):
         return None
-    why = _why_method_stays(module, "forward", "ResnetBlock2D", _RESNET_READS, _RESNET_COMPUTES)
+    ours = Known(_RESNET_READS, _RESNET_COMPUTES, _RESNET_CALLS)
+    why = _why_method_stays(module, "forward", "ResnetBlock2D", ours)
     why = why or _missing(module, _RESNET_READS)
     if why is None:
         expected = {
@@ -166,7 +174,8 @@ def res_block(module: nn.Module) -> Swap | Keep | None:
     if forwards.installed(module, method):
         return None
     reads = _RES_BLOCK_READS | _RES_BLOCK_RESAMPLES
-    why = _why_method_stays(module, method, "ResBlock", reads, _RES_BLOCK_COMPUTES)
+    ours = Known(reads, _RES_BLOCK_COMPUTES, _RES_BLOCK_CALLS)
+    why = _why_method_stays(module, method, "ResBlock", ours)
     sequences = [(n, getattr(module, n), nn.Sequential) for n in ("in_layers", "out_layers")]
     why = why or _why_not_fused(sequences)
     if why is not None:
@@ -199,7 +208,8 @@ def head(module: nn.Module) -> Swap | Keep | None:
     last, activation = (getattr(module, name, None) for name in ("conv_norm_out", "conv_act"))
     if not isinstance(last, nn.Module) or not isinstance(activation, nn.SiLU):
         return None
-    text, *_ = _code(type(module).forward)
+    # Whatever is wrapped around it stays around it: it is not replaced.
+    text, *_ = code_of(inspect.unwrap(type(module).forward))
     lines = "".join(f"{line.strip()}\n" for line in text.splitlines())
     calls = [lines.count(f"self.{name}(") for name in ("conv_norm_out", "conv_act")]
     why = None
@@ -232,7 +242,8 @@ def attention(module: nn.Module) -> Swap | Keep | None:
         return Keep(ATTENTION, ALREADY)
     if cls.__name__ != "AttnProcessor2_0":
         return Keep(ATTENTION, f"its processor is {cls.__name__}")
-    if why := _why_code_stays(cls.__call__, _PROCESSOR_READS, _PROCESSOR_COMPUTES, 1):
+    ours = Known(_PROCESSOR_READS, _PROCESSOR_COMPUTES, _PROCESSOR_CALLS)
+    if why := why_not_ours(cls.__call__, ours, 1):
         return Keep(ATTENTION, f"{cls.__name__}: {why}")
     if why := _missing(module, _PROCESSOR_READS | {"inner_dim", "inner_kv_dim"}):
         return Keep(ATTENTION, why)
@@ -257,7 +268,8 @@ def qkv_attention(module: nn.Module) -> Swap | Keep | None:
             continue
         if forwards.installed(module):
             return Keep(ATTENTION, ALREADY)
-        if why := _why_method_stays(module, "forward", name, frozenset({"n_heads"}), computes):
+        ours = Known(frozenset({"n_heads"}), computes, _QKV_CALLS)
+        if why := _why_method_stays(module, "forward", name, ours):
             return Keep(ATTENTION, why)
         what = f"{name}; heads wider than {MAX_HEAD_DIM} stay with it"
         return Swap(ATTENTION, what, functools.partial(_put, module, forward))
@@ -296,7 +308,7 @@ def _why_norm_stays(module: nn.GroupNorm) -> str | None:
         return "its weights are parametrised"
     owner = _owner(module, "forward")
     if owner.__name__ == "GroupNorm32":
-        text, *_ = _code(owner.forward)
+        text, *_ = code_of(owner.forward)
         if not _IN_FP32.search(text):
             return "its GroupNorm32 is not the one that we know"
         return _why_method_stays(module, "forward", "GroupNorm32")
@@ -327,8 +339,7 @@ def _why_method_stays(
     module: nn.Module,
     method: str,
     known: type | str,
-    reads: frozenset[str] | None = None,
-    computes: Set[str] = frozenset(),
+    ours: Known | None = None,
 ) -> str | None:
     """Say why a method is not the one that we know, from a class or from its name and code."""
     if method in vars(module):
@@ -336,60 +347,9 @@ def _why_method_stays(
     owner = _owner(module, method)
     if known not in (owner, owner.__name__):
         return f"{owner.__name__} overrides {method}"
-    return None if reads is None else _why_code_stays(getattr(owner, method), reads, computes)
-
-
-def _why_code_stays(
-    function: Callable[..., Any],
-    reads: frozenset[str],
-    computes: Set[str],
-    position: int = 0,
-) -> str | None:
-    """Say why a function reads or computes something else than we know.
-
-    Args:
-        reads: the attributes that it may read of its argument number `position`.
-        computes: its arithmetic, as `ast.unparse` writes it; no more and no less.
-    """
-    _, actual, arithmetic = _code(function, position)
-    if not actual:
-        return "its source cannot be read"
-    if unknown := sorted(actual - reads):
-        return f"its code reads {', '.join(unknown)}, which we do not know"
-    if unknown := sorted(arithmetic - computes):
-        return f"its code computes {', '.join(unknown)}, which we do not know"
-    if missing := sorted(computes - arithmetic):
-        return f"its code does not compute {', '.join(missing)}"
-    return None
-
-
-@functools.lru_cache(maxsize=128)
-def _code(
-    function: Callable[..., Any], position: int = 0
-) -> tuple[str, frozenset[str], frozenset[str]]:
-    """Return a function's code, the attributes it reads of one argument, and its arithmetic."""
-    try:
-        definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError):
-        return "", frozenset(), frozenset()
-    if not isinstance(definition, ast.FunctionDef) or len(definition.args.args) <= position:
-        return "", frozenset(), frozenset()
-    subject = definition.args.args[position].arg
-    reads = {
-        node.attr
-        for node in ast.walk(definition)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == subject
-    }
-    arithmetic = {part for statement in definition.body for part in _arithmetic(statement)}
-    return ast.unparse(definition), frozenset(reads), frozenset(arithmetic)
-
-
-def _arithmetic(node: ast.AST) -> Iterator[str]:
-    """Yield the outermost arithmetic expressions below a node."""
-    if isinstance(node, ast.BinOp | ast.AugAssign):
-        yield ast.unparse(node)
-    else:
-        for child in ast.iter_child_nodes(node):
-            yield from _arithmetic(child)
+    function = getattr(owner, method)
+    if isinstance(known, type):
+        code = getattr(function, "__code__", None)
+        if code is None or code.co_filename != sys.modules[owner.__module__].__file__:
+            return f"{owner.__name__}.{method} was replaced"
+    return None if ours is None else why_not_ours(function, ours)

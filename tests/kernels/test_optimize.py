@@ -1,6 +1,7 @@
 """optimize on any network: what is recognised, what stays, and what the report says."""
 
 import copy
+import functools
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -49,6 +50,25 @@ def test_other_shapes(shape):
     expected = norm(x)
     optimize(norm)
     torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("wrapped", (False, True))
+def test_a_forward_replaced_on_the_class_stays(monkeypatch, wrapped):
+    """As tools that scale, log or quantise do, with and without functools.wraps."""
+    original = nn.GroupNorm.forward
+
+    def tripled(self, x):
+        return 3 * original(self, x)
+
+    monkeypatch.setattr(
+        nn.GroupNorm, "forward", functools.wraps(original)(tripled) if wrapped else tripled
+    )
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())
+    x = torch.randn(2, 8, 4, 4)
+    expected = model(x)
+    report = optimize(model)
+    assert not report.swapped and "GroupNorm.forward was replaced" in report.left[0].what
+    assert torch.equal(model(x), expected)
 
 
 def test_attention_with_masks_is_named():

@@ -1,5 +1,6 @@
 """optimize on the networks of diffusers, against the same network left alone."""
 
+import functools
 import importlib.util
 import inspect
 import math
@@ -314,3 +315,29 @@ def test_autocast():
             y, expected = model(**given).sample, original(**given).sample
     assert y.dtype == expected.dtype
     assert error(y, truth) <= 1.25 * error(expected.float(), truth)
+
+
+def test_a_resnet_block_that_is_wrapped_stays(monkeypatch):
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    original = resnet.ResnetBlock2D.forward
+
+    @functools.wraps(original)
+    def halved(self, *arguments, **options):
+        return original(self, *arguments, **options) / 2
+
+    monkeypatch.setattr(resnet.ResnetBlock2D, "forward", halved)
+    model = randomised(resnet.ResnetBlock2D(in_channels=8, temb_channels=6, groups=2))
+    x, embedding = torch.randn(2, 8, 4, 4), torch.randn(2, 6)
+    expected = model(x, embedding)
+    assert "its source cannot be read" in {entry.what for entry in optimize(model).left}
+    torch.testing.assert_close(model(x, embedding), expected)
+
+
+def test_processors_are_made_anew_without_their_owner():
+    """As diffusers does where it loads an IP-Adapter: `processor.__class__()`."""
+    model, original = pair(conditional())
+    optimize(model)
+    for module in model.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(type(module.processor)())
+    assert_same(model, original, **text())
