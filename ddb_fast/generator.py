@@ -1,6 +1,7 @@
 """The generator's two stages: training the diffusion model and sampling the synthetic set."""
 
 import io
+import logging
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +27,10 @@ from ddb_fast.models.authors import read_authors_checkpoint
 from ddb_fast.models.unet import UNet, from_authors
 from ddb_fast.presets import PRESETS
 from ddb_fast.trackers import Progress
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 8
 
 
 def build_unet(config: DiffusionConfig, num_classes: int) -> UNet:
@@ -195,12 +200,33 @@ def import_diffusion(context: Context, folder: Path) -> None:
     """Take over a trained generator (`--diffusion DIR`): a run's `diffusion/`, or an import."""
     source = Path(context.config.diffusion.load)
     unet, config, classes = load_diffusion(source)
-    if len(classes) != len(context.data.classes):
-        raise ValueError(
-            f"{source} generates {len(classes)} classes, the data has {len(context.data.classes)}"
-        )
+    wanted = tuple(context.data.classes)
+    number = _numbers(source, classes, wanted)
+    tensors = unet.state_dict()
+    table = tensors["class_table.weight"]
+    tensors["class_table.weight"] = table[[*number, unet.null_class]]
     if context.accelerator.is_main_process:
-        save_diffusion(folder, unet.state_dict(), config, tuple(context.data.classes))
+        save_diffusion(folder, tensors, config, wanted)
+
+
+def _numbers(source: Path, classes: tuple[str, ...], wanted: tuple[str, ...]) -> list[int]:
+    """The generator's number of each wanted class; ValueError where it generates others."""
+    if set(classes) == set(wanted):
+        return [classes.index(name) for name in wanted]
+    if len(classes) == len(wanted) and classes == tuple(map(str, range(len(classes)))):
+        logger.info("%s: its classes have no names; they are taken in the data's order", source)
+        return list(range(len(classes)))
+    raise ValueError(
+        f"{source} generates {len(classes)} classes: {_named(classes)}; the data has "
+        f"{len(wanted)}: {_named(wanted)}"
+    )
+
+
+def _named(classes: tuple[str, ...]) -> str:
+    """The first few names, shortened."""
+    shown = [repr(n if len(n) <= 20 else f"{n[:19]}…") for n in classes[:_NAMED]]
+    more = f" and {len(classes) - _NAMED} more" if len(classes) > _NAMED else ""
+    return ", ".join(shown) + more
 
 
 def import_synthetic(context: Context, folder: Path) -> None:

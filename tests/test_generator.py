@@ -1,0 +1,81 @@
+"""A generator taken over from elsewhere: its classes are those of the data, by name."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ddb_fast.config import with_fields
+from ddb_fast.generator import build_unet, import_diffusion, load_diffusion, save_diffusion
+from ddb_fast.presets import PRESETS
+
+
+@pytest.fixture
+def take(tmp_path):
+    """Take over a small generator of some classes into a run of others; both networks."""
+    small = {"channels": 16, "channel_multipliers": "1 2", "attention_levels": "1"}
+    base = PRESETS["digits"]()
+    base = with_fields(base, {f"diffusion.unet.{name}": value for name, value in small.items()})
+
+    def take(theirs, ours):
+        source, folder = tmp_path / "source", tmp_path / "folder"
+        torch.manual_seed(0)
+        unet = build_unet(base.diffusion, len(theirs)).eval()
+        save_diffusion(source, unet.state_dict(), base.diffusion, tuple(theirs))
+        context = SimpleNamespace(
+            config=replace(base, diffusion=replace(base.diffusion, load=str(source))),
+            data=SimpleNamespace(classes=tuple(ours)),
+            accelerator=SimpleNamespace(is_main_process=True),
+        )
+        import_diffusion(context, folder)
+        taken, _, classes = load_diffusion(folder)
+        assert classes == tuple(ours)
+        return unet, taken
+
+    return take
+
+
+def table_rows(unet):
+    return unet.class_table.weight.detach()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (["disc", "square"], ["disc", "square"]),
+        (["disc", "square", "star"], ["star", "disc", "square"]),
+        (["0", "1", "10", "2"], ["0", "1", "2", "10"]),
+        (["0", "1", "2"], ["2", "0", "1"]),
+    ],
+)
+def test_classes_are_taken_by_name(take, theirs, ours):
+    unet, taken = take(theirs, ours)
+    for label, name in enumerate(ours):
+        assert torch.equal(table_rows(taken)[label], table_rows(unet)[theirs.index(name)])
+    assert torch.equal(table_rows(taken)[-1], table_rows(unet)[-1])
+    changed = [n for n, t in unet.state_dict().items() if not torch.equal(t, taken.state_dict()[n])]
+    assert changed == ([] if theirs == ours else ["class_table.weight"])
+
+
+def test_numbered_classes_are_taken_in_order_and_the_log_says_so(take, caplog):
+    caplog.set_level("INFO", "ddb_fast")
+    unet, taken = take(["0", "1"], ["disc", "square"])
+    assert torch.equal(table_rows(taken), table_rows(unet))
+    (line,) = caplog.messages
+    assert "taken in the data's order" in line
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "told"),
+    [
+        (["disc", "square"], ["asquare", "zdisc"], "'disc', 'square'; the data has 2: 'asquare'"),
+        (["disc", "square"], ["0", "1"], "'disc', 'square'; the data has 2: '0', '1'"),
+        (["0", "1"], ["a", "b", "c"], "2 classes: '0', '1'; the data has 3: 'a', 'b', 'c'"),
+        (["x" * 300, "y"], [f"c{i}" for i in range(900)], "'c7' and 892 more"),
+    ],
+)
+def test_other_classes_are_refused(take, theirs, ours, told):
+    with pytest.raises(ValueError) as refusal:
+        take(theirs, ours)
+    assert told in str(refusal.value) and len(str(refusal.value)) < 400
