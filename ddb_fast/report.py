@@ -324,7 +324,7 @@ def _figures(
         kept = sorted(row["label"] for row in rows[:HEATED])
         names = [data.classes[label] for label in kept]
         drawn["confusion"] = figures.confusion(counts[np.ix_(kept, kept)], names)
-    if found is not None:
+    if found is not None and found["generated"]["share"] is not None:
         drawn["nearness"] = figures.nearness(found["histograms"]["ratio"], found["bin"])
     panels: dict[str, list[list[tuple[float, float]]]] = {}
     for stage, points in log.items():

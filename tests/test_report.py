@@ -23,6 +23,7 @@ import small
 from ddb_fast import checkpoint, report
 from ddb_fast.data.digits import digits
 from ddb_fast.data.store import ImageData, Split
+from ddb_fast.memorisation import check_memorisation
 from ddb_fast.metrics import summarise, wilson_interval
 from ddb_fast.presets import PRESETS
 
@@ -391,6 +392,23 @@ def test_what_is_said_of_copies_depends_on_the_control(tmp_path, monkeypatch):
     nothing |= {"pairs": [], "expected_share": None, "excess": False}
     text, _ = written(tmp_path, config, data, results_of(memorisation=nothing))
     assert "That could not be looked at" in text
+
+
+def test_where_nothing_was_compared_with_the_training_images_no_figure_is_drawn(tmp_path):
+    config, data = planted(tmp_path)
+    train = data.splits["train"]
+    nothing = check_memorisation(
+        torch.zeros(6, 3, *train.small.shape[1:3], dtype=torch.uint8),
+        torch.arange(6) % len(CLASSES),
+        torch.zeros_like(train.small),
+        train.y,
+        paths=train.paths,
+        classes=CLASSES,
+        features=lambda images: images.flatten(1).float(),
+    )
+    text, _ = written(tmp_path, config, data, results_of(memorisation=nothing))
+    assert "That could not be looked at" in text
+    assert "distance to the nearest training image" not in text
 
 
 def test_groups_come_with_sizes_and_intervals_the_worst_first(tmp_path):
