@@ -69,27 +69,42 @@ class Data:
         return Part(self, "test")
 
 
-def load_data(path: str | Path, *, source: str | None = None, rho: float | None = None) -> Data:
+def load_data(
+    path: str | Path,
+    *,
+    source: str | None = None,
+    rho: float | None = None,
+    validation_share: float | None = None,
+    test_share: float | None = None,
+) -> Data:
     """List the images of a folder, a CSV or a published set; `digits` is embedded.
 
     source: what lies at `path`, as `ddb-fast data --as` has it; a folder or a CSV without it. rho:
-    share of aligned images, where there is a choice. ValueError, one line, for what is not there or
-    laid out otherwise.
+    share of aligned images, where there is a choice. validation_share, test_share: what is held
+    out, as the fields of `data`. ValueError, one line, for what is not there or laid out otherwise.
     """
     config = data_config(DataConfig(), str(path), source, rho)
+    shares = {"data.validation_share": validation_share, "data.test_share": test_share}
+    shares = {name: share for name, share in shares.items() if share is not None}
+    # Any preset: a whole configuration checks its fields.
+    config = with_fields(replace(load_config("tiny"), data=config), shares).data
     return Data(config, open_listing(config))
 
 
 def _configured(
     data: Data, preset: str, out: str | Path | None, fields: Mapping[str, Any] | None, **own: Any
 ) -> RunConfig:
+    own |= {} if out is None else {"out": str(out)}
+    for name in fields or {}:
+        if name.partition(".")[0] == "data":
+            raise ValueError(
+                f"fields: {name}: the images are as load_data listed them; rho, validation_share "
+                "and test_share are arguments of load_data"
+            )
     base = load_config(preset)
     which = ("source", "path", "rho", "validation_share", "test_share")
     here = replace(base.data, **{name: getattr(data.config, name) for name in which})
-    changes = {**(fields or {}), **own}
-    if out is not None:
-        changes["out"] = str(out)
-    return with_fields(replace(base, data=here), changes)
+    return with_fields(replace(base, data=here), {**(fields or {}), **own})
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +149,8 @@ def fit_amplifier(
     """Train the generator, sample synthetic images and train the amplifier on them alone.
 
     out: the run's folder, the preset's own without it; the same call again resumes there. fields:
-    any field of the configuration by its dotted name, `{"diffusion.images": 64_000}`. ValueError as
-    `ddb-fast run`.
+    any field of the configuration by its dotted name, `{"diffusion.images": 64_000}`, but those of
+    `data`. ValueError as `ddb-fast run`.
     """
     config = _configured(data, preset, out, fields, methods="none")
     run(config)

@@ -95,3 +95,35 @@ def test_refusals(fitted, tmp_path):
     with pytest.raises(ValueError, match=r"unknown field: diffusion\.imagez"):
         ddb_fast.fit_amplifier(data, preset="digits", fields={"diffusion.imagez": 3})
     assert FinishedRun.open(amplifier.finished.path).classifiers == {}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of ten files, which nothing here decodes."""
+    for name in ("disc", "square"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            (tmp_path / "photos" / name / f"{i}.png").touch()
+    return tmp_path / "photos"
+
+
+def test_the_split_is_chosen_where_the_images_are_listed(folder, monkeypatch):
+    plain = ddb_fast.load_data(folder)
+    assert [len(part) for part in (plain.train, plain.val, plain.test)] == [14, 2, 4]
+    data = ddb_fast.load_data(folder, validation_share=0, test_share=0.5)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [10, 0, 10]
+    for share in (1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"data\.test_share: .* is outside 0\.0 to 1\.0"):
+            ddb_fast.load_data(folder, test_share=share)
+    with pytest.raises(ValueError, match=r"data\.validation_share: 'half' is not a number"):
+        ddb_fast.load_data(folder, validation_share="half")
+
+    configs = []
+    monkeypatch.setattr("ddb_fast.facade.run", configs.append)
+    with pytest.raises(ValueError, match="absent"):
+        ddb_fast.fit_amplifier(data, out=folder.parent / "absent")
+    assert (configs[0].data.validation_share, configs[0].data.test_share) == (0, 0.5)
+    for name in ("data.test_share", "data.corrupt"):
+        with pytest.raises(ValueError, match=f"fields: {name}: the images are as load_data"):
+            ddb_fast.fit_amplifier(data, fields={name: 0.5})
+    assert len(configs) == 1
