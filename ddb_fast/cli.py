@@ -179,7 +179,7 @@ def check_kernels(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatch to a command; a user's error is one line and exit 2."""
+    """Dispatch to a command; a user's error is one line and exit 2, Ctrl-C one and exit 130."""
     given = list(sys.argv[1:] if argv is None else argv)
     actions: dict[str, Callable[[Sequence[str]], int]] = {
         "run": run,
@@ -202,6 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"ddb-fast {given[0]}: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print(f"ddb-fast {given[0]}: interrupted", file=sys.stderr)
+            return 130
     usage = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
     text = f"usage: ddb-fast COMMAND [...]; each has --help\n{usage}"
     if given and given[0] in ("-h", "--help"):

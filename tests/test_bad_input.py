@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 import small
+from ddb_fast import cli
 from ddb_fast.config import with_fields
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.store import ImageData, Split
@@ -275,6 +276,21 @@ def test_an_interrupted_run_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     words = small.arguments(tmp_path / "out", methods="ddb-ii")
     assert main(words, prog="ddb-fast run") == 130
     assert capsys.readouterr().err.strip().endswith("the same command continues")
+
+
+@pytest.mark.parametrize(
+    "command", ["run digits", "score RUN", "sample RUN --out o", "data photos"]
+)
+def test_an_interrupted_command_says_so_in_one_line(capsys, monkeypatch, command):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    for place in ("train.parse_run", "provenance.FinishedRun.open", "data.sources.open_listing"):
+        monkeypatch.setattr(f"ddb_fast.{place}", interrupt)
+    monkeypatch.setattr("ddb_fast.use_run._prepare", interrupt)
+    name, *words = command.split()
+    assert cli.main([name, *words]) == 130
+    assert capsys.readouterr().err == f"ddb-fast {name}: interrupted\n"
 
 
 def test_a_folder_in_which_another_process_runs(capsys, tmp_path):
