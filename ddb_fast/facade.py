@@ -94,6 +94,8 @@ def load_data(
 def _configured(
     data: Data, preset: str, out: str | Path | None, fields: Mapping[str, Any] | None, **own: Any
 ) -> RunConfig:
+    if not isinstance(data, Data):
+        raise ValueError(f"data: give what load_data gives, all of it; got {type(data).__name__}")
     own |= {} if out is None else {"out": str(out)}
     for name in fields or {}:
         if name.partition(".")[0] == "data":
@@ -119,6 +121,9 @@ class Amplifier:
 
         Images are read from where they lie. ValueError as `ddb-fast score`.
         """
+        if not isinstance(images, Part | Data):
+            kind = type(images).__name__
+            raise ValueError(f"score takes what load_data gives, or a split of it; got {kind}")
         data = images if isinstance(images, Data) else images.data
         corrupt = self.finished.config.data.corrupt
         table = apply.score(self.finished, data.config, corrupt=corrupt, device=self.device)
@@ -178,6 +183,8 @@ def debias(
     if method not in AMPLIFIED:
         known = ", ".join(sorted(AMPLIFIED))
         raise ValueError(f"method {method!r} takes no scores; one of {known}")
+    if not isinstance(scores, ScoreTable):
+        raise ValueError(f"scores: a table, as score gives, is needed; got {type(scores).__name__}")
     if scores.y is None:
         raise ValueError("images without labels have no scores to train with")
     if out is None:

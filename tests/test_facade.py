@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 import ddb_fast
 import small
 from ddb_fast import scoring
+from ddb_fast.facade import Amplifier
 from ddb_fast.provenance import FinishedRun
 
 FIELDS = {k: v for k, v in small.FIELDS.items() if k not in ("methods", "seeds", "data.rho")}
@@ -127,3 +128,17 @@ def test_the_split_is_chosen_where_the_images_are_listed(folder, monkeypatch):
         with pytest.raises(ValueError, match=f"fields: {name}: the images are as load_data"):
             ddb_fast.fit_amplifier(data, fields={name: 0.5})
     assert len(configs) == 1
+
+
+def test_what_is_not_loaded_data_is_refused(folder):
+    data = ddb_fast.load_data(folder)
+    amplifier = Amplifier(finished=None, device=torch.device("cpu"))
+    for wrong in (str(folder), folder, None):
+        with pytest.raises(ValueError, match="score takes what load_data gives"):
+            amplifier.score(wrong)
+        with pytest.raises(ValueError, match="data: give what load_data gives"):
+            ddb_fast.fit_amplifier(wrong)
+        with pytest.raises(ValueError, match="scores: a table, as score gives, is needed"):
+            ddb_fast.debias(data, wrong)
+    with pytest.raises(ValueError, match="all of it"):
+        ddb_fast.fit_amplifier(data.train)
