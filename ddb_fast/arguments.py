@@ -112,6 +112,17 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
     ignored = sorted(n for n in given if n.startswith("diffusion.") and n != "diffusion.load")
     if ignored and config.diffusion.load is not None:
         raise ValueError(f"{', '.join(ignored)}: --diffusion brings a generator as it was trained")
+    # Images that are brought are fitted to diffusion.image_size.
+    ignored = sorted(
+        name
+        for name in given
+        if name.startswith(("diffusion.", "sampling."))
+        and name not in ("sampling.load", "diffusion.image_size")
+    )
+    if ignored and config.sampling.load is not None:
+        raise ValueError(f"{', '.join(ignored)}: --synthetic brings images, nothing is generated")
+    if "pseudo_labels.load" in given and config.pseudo_labels.load and not config.scored:
+        raise ValueError("--scores: none of the methods goes by scores")
     if config.data.path is not None and config.data.source == "digits":
         if "data.source" in given or "data.path" not in given:
             raise ValueError("data.source digits is embedded and takes no data.path")

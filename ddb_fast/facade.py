@@ -103,6 +103,8 @@ def _configured(
                 f"fields: {name}: the images are as load_data listed them; rho, validation_share "
                 "and test_share are arguments of load_data"
             )
+        if name in own:
+            raise ValueError(f"fields: {name}: the call itself decides it; leave it out")
     base = load_config(preset)
     which = ("source", "path", "rho", "validation_share", "test_share")
     here = replace(base.data, **{name: getattr(data.config, name) for name in which})

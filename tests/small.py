@@ -40,16 +40,27 @@ FIELDS = {
 }
 
 
-def arguments(out: Path, *, generator: Path | None = None, **changes: str) -> list[str]:
+def without_generator(fields: dict[str, str]) -> dict[str, str]:
+    """The fields that `--synthetic` leaves to choose."""
+    return {k: v for k, v in fields.items() if not k.startswith(("diffusion.", "sampling."))}
+
+
+def arguments(
+    out: Path, *, generator: Path | None = None, synthetic: Path | None = None, **changes: str
+) -> list[str]:
     """`digits --out OUT --field value ...` with some fields changed (dots written as `__`).
 
-    generator: a folder for `--diffusion`, which brings all fields of that section.
+    generator: a folder for `--diffusion`, which brings all fields of that section. synthetic: one
+    for `--synthetic`.
     """
     fields = FIELDS | {name.replace("__", "."): value for name, value in changes.items()}
     words = ["digits", "--out", str(out)]
     if generator is not None:
         words += ["--diffusion", str(generator)]
         fields = {k: v for k, v in fields.items() if not k.startswith("diffusion.")}
+    if synthetic is not None:
+        words += ["--synthetic", str(synthetic)]
+        fields = without_generator(fields)
     for name, value in fields.items():
         words += [f"--{name}", *value.split()]
     return words

@@ -323,8 +323,7 @@ def test_what_would_fail_hours_later_is_refused_at_once(capsys, tmp_path, words,
 
 def test_synthetic_images_of_other_classes(capsys, tmp_path):
     root = photos(tmp_path / "photos")
-    command = small.arguments(tmp_path / "out")
-    line = refused(capsys, *command, "--synthetic", root)
+    line = refused(capsys, *small.arguments(tmp_path / "out", synthetic=root))
     assert "cat" in line
 
 

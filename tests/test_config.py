@@ -168,9 +168,9 @@ def test_stage_fields_change_only_what_depends_on_them():
 
 def test_options_reach_fields():
     argv = "tiny --data photos --out here --methods erm ddb-ii --seeds 3 4 --diffusion.lr 1e-5"
-    config, dry, _ = parse_run([*argv.split(), "--synthetic", "own", "--dry-run"], prog="x")
+    config, dry, _ = parse_run([*argv.split(), "--scores", "own", "--dry-run"], prog="x")
     assert dry
-    assert (config.data.path, config.out, config.sampling.load) == ("photos", "here", "own")
+    assert (config.data.path, config.out, config.pseudo_labels.load) == ("photos", "here", "own")
     assert (config.methods, config.seeds, config.diffusion.lr) == (("erm", "ddb-ii"), (3, 4), 1e-5)
 
 
@@ -184,6 +184,32 @@ def test_fields_of_a_generator_that_is_brought_are_refused(capsys):
         parse_run(["digits", "--diffusion", "gen", "--diffusion.lr", "1"], prog="x")
     assert stop.value.code == 2
     assert "diffusion.lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--synthetic own --diffusion.images 5", "diffusion.images: --synthetic brings images"),
+        ("--synthetic own --diffusion gen", "diffusion.load: --synthetic"),
+        ("--synthetic own --sampling.steps 5", "sampling.steps: --synthetic"),
+        ("--scores s.csv --methods erm lff", "--scores: none of the methods goes by scores"),
+        ("--scores s.csv --methods real-amplifier-i", "--scores: none of the methods"),
+    ],
+)
+def test_options_that_nothing_would_look_at_are_refused(capsys, words, told):
+    with pytest.raises(SystemExit) as stop:
+        parse_run(["digits", *words.split()], prog="x")
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_images_of_ones_own_are_fitted_to_the_size_asked_for_and_scores_go_with_a_method():
+    words = "digits --synthetic own --diffusion.image_size 24"
+    config, _, _ = parse_run(words.split(), prog="x")
+    assert (config.sampling.load, config.diffusion.image_size) == ("own", 24)
+    for methods in ("none", "erm ddb-i"):
+        words = f"digits --scores s.csv --methods {methods}"
+        assert parse_run(words.split(), prog="x")[0].pseudo_labels.load == "s.csv"
 
 
 def test_help_says_what_every_field_takes():

@@ -61,10 +61,8 @@ SHORTEN = """
 given = {{word.split("=")[0] for word in words if word.startswith("--")}}
 if words[:1] in (["run"], ["sweep"]) and not given & {{"--help", "--dry-run"}}:
     embedded = words[1] == "digits" and not given & {{"--data", "--data.path", "--rho"}}
-    loaded = tuple(
-        section for option, section in
-        (("--diffusion", "diffusion."), ("--synthetic", "sampling.")) if option in given
-    )
+    loaded = ("diffusion.",) if given & {{"--diffusion", "--synthetic"}} else ()
+    loaded += ("sampling.",) if "--synthetic" in given else ()
     for field, value in {short!r}.items():
         ours = field != "data.rho" or embedded
         if ours and f"--{{field}}" not in given and not (loaded and field.startswith(loaded)):
@@ -303,6 +301,7 @@ WORDS = (
         ("run tiny --data x", "data.rho"),
         ("sweep digits --rho 0.9", "data.rho"),
         ("run digits --diffusion x", "diffusion."),
+        ("run digits --synthetic x", ("diffusion.", "sampling.")),
     ],
 )
 def test_runs_are_shortened_where_the_page_does_not_say_how_long(words, lacking):

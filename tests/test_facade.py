@@ -142,3 +142,11 @@ def test_what_is_not_loaded_data_is_refused(folder):
             ddb_fast.debias(data, wrong)
     with pytest.raises(ValueError, match="all of it"):
         ddb_fast.fit_amplifier(data.train)
+
+
+def test_fields_that_the_call_itself_decides_are_refused(folder):
+    data = ddb_fast.load_data(folder)
+    with pytest.raises(ValueError, match=r"fields: methods: the call itself decides it"):
+        ddb_fast.fit_amplifier(data, fields={"methods": ["erm"]})
+    with pytest.raises(ValueError, match=r"fields: out: the call itself decides it"):
+        ddb_fast.fit_amplifier(data, out=folder / "out", fields={"out": "elsewhere"})

@@ -38,7 +38,10 @@ def one_process_many_runs(monkeypatch):
 
 def run(*argv, **changes):
     words = list(map(str, argv))
-    for name, value in (SHORT | {k.replace("__", "."): v for k, v in changes.items()}).items():
+    fields = SHORT | {k.replace("__", "."): v for k, v in changes.items()}
+    if "--synthetic" in words:
+        fields = small.without_generator(fields)
+    for name, value in fields.items():
         words += [f"--{name}", *value.split()]
     AcceleratorState._reset_state(reset_partial_state=True)
     return main(words, prog="ddb-fast run")

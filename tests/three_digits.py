@@ -23,6 +23,8 @@ def train(*words, **changes: str) -> None:
     """`ddb-fast run digits` in this process, shortened; dots of fields are written as `__`."""
     fields = FIELDS | {name.replace("__", "."): value for name, value in changes.items()}
     words = ["digits", *map(str, words)]
+    if "--synthetic" in words:
+        fields = small.without_generator(fields)
     for name, value in fields.items():
         words += [f"--{name}", *value.split()]
     AcceleratorState._reset_state(reset_partial_state=True)
