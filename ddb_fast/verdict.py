@@ -19,8 +19,8 @@ UNANIMOUS = 0.4
 FEWEST = 5
 """Unanimous errors that make a bias: a handful is as likely to be mislabelled."""
 POOR = 0.2
-"""By how much more often amplifiers may err on real images than the ERM, before the generator says
-too little of them to call a set unbiased."""
+"""By how much more often an amplifier may err on real images than the ERM, before the generator
+says too little of them to call a set unbiased."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Check:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Verdict:
-    """found: None where nothing was found and the generator is too poor to say that there is none.
+    """found: None where nothing can be said, for want of training or of a good generator.
 
     at_odds: (N,) bool, the images on which it rests.
     """
@@ -53,10 +53,12 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdic
     first weights; erm: networks of the same kind trained on real images, each asked of images that
     it has not seen.
 
-    A bias is found if, of the images that an amplifier gets wrong, the share for which both and the
-    ERM name the same wrong class has a lower 95 % Wilson bound above .4, and they are at least
-    five. Else it takes a generator whose amplifiers err on at most a fifth of the images more than
-    the ERM to say that there is none.
+    Nothing can be said unless the ERM learnt something: the upper 95 % Wilson bound of its errors
+    is below what naming the largest class each time would give. A bias is found if, of the images
+    that an amplifier gets wrong, the share for which both and the ERM name the same wrong class has
+    a lower bound above .4, they are at least five, and those on which the amplifiers agree are a
+    minority. Else it takes a generator whose worse amplifier errs on at most a fifth of the images
+    more than the ERM to say that there is none.
 
     ValueError for other shapes.
     """
@@ -67,16 +69,26 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdic
     at_odds = wrong & (amplifier == again)
     errors = (wrong | wrong_again).sum().item()
     unanimous = (at_odds & (erm == amplifier)).sum().item()
-    amplified = (wrong.double().mean() + wrong_again.double().mean()) / 2
-    excess = (amplified - (erm != y).double().mean()).item()
+    erm_errors, guessed = (erm != y).sum().item(), (y != y.mode().values).sum().item()
+    excess = (max(wrong.sum().item(), wrong_again.sum().item()) - erm_errors) / len(y)
     checks = (
+        Check(
+            name="learnt",
+            question="Does the network trained on the real images err less than who names the most "
+            "frequent class each time?",
+            value=erm_errors / len(y),
+            limit=guessed / len(y),
+            passed=wilson_interval(erm_errors, len(y))[1] < guessed / len(y),
+        ),
         Check(
             name="unanimous",
             question="Do networks of other first weights, and one trained on the real images, make "
             "the same errors?",
             value=unanimous / errors if errors else None,
             limit=UNANIMOUS,
-            passed=unanimous >= FEWEST and wilson_interval(unanimous, errors)[0] > UNANIMOUS,
+            passed=unanimous >= FEWEST
+            and wilson_interval(unanimous, errors)[0] > UNANIMOUS
+            and 2 * at_odds.sum().item() < len(y),
         ),
         Check(
             name="generator",
@@ -87,15 +99,23 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdic
             passed=excess <= POOR,
         ),
     )
-    found = checks[0].passed or (False if checks[1].passed else None)
+    learnt, same, generator = (check.passed for check in checks)
+    found = (same or (False if generator else None)) if learnt else None
     return Verdict(found=found, at_odds=at_odds, checks=checks)
 
 
 def sentences(verdict: Verdict, count: int) -> list[str]:
     """The verdict on `count` training images, for a reader who is no expert."""
     odd = int(verdict.at_odds.sum())
-    unanimous, generator = verdict.checks
+    learnt, unanimous, generator = verdict.checks
     share = 100 * (unanimous.value or 0.0)
+    if not learnt.passed:
+        return [
+            "Nothing can be said about a bias: too little was learnt.",
+            f"A network trained on the real images errs on {100 * learnt.value:.0f} % of unseen ones; "
+            f"who names the most frequent class each time, on {100 * learnt.limit:.0f} %.",
+            "Train longer (--amplifier.images, --diffusion.images), or give it more images.",
+        ]
     if verdict.found is None:
         return [
             "Nothing can be said about a bias: the generator is too poor.",

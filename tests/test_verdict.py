@@ -10,11 +10,12 @@ from ddb_fast.opinions import folds
 from ddb_fast.verdict import as_data, judge
 
 NETWORKS = ("amplifier", "again", "erm")
-Y = torch.zeros(100, dtype=torch.int64)
+Y = torch.arange(100) // 80 * 5
+"""80 images of class 0, then 20 of class 5."""
 
 
 def votes(**wrong):
-    """Opinions on 100 images of class 0; `name=(positions, class)` are those called another."""
+    """Opinions on Y; `name=(positions, class)` are those called another."""
     said = {name: Y.clone() for name in NETWORKS}
     for name, (positions, label) in wrong.items():
         said[name][list(positions)] = label
@@ -27,8 +28,9 @@ def everyone(positions, label):
 
 def test_errors_that_all_networks_share_are_a_bias():
     verdict = judge(Y, **votes(**everyone(range(8), 3)))
-    unanimous, generator = verdict.checks
-    assert verdict.found and unanimous.passed and unanimous.value == 1.0
+    learnt, unanimous, generator = verdict.checks
+    assert verdict.found and learnt.passed and learnt.limit == 0.2
+    assert unanimous.passed and unanimous.value == 1.0
     assert generator.value == 0.0 and generator.passed
     assert verdict.at_odds.nonzero()[:, 0].tolist() == list(range(8))
 
@@ -45,23 +47,51 @@ def test_errors_that_all_networks_share_are_a_bias():
 )
 def test_errors_that_are_not_shared_are_none(change, value, odd):
     verdict = judge(Y, **votes(**everyone(range(8), 3) | change))
-    assert verdict.checks[0].value == pytest.approx(value)
+    assert verdict.checks[1].value == pytest.approx(value)
     assert verdict.found is False and verdict.at_odds.sum() == odd
 
 
 def test_no_error_at_all_is_no_bias():
     verdict = judge(Y, **votes())
-    assert verdict.found is False and verdict.checks[0].value is None
+    assert verdict.found is False and verdict.checks[1].value is None
 
 
 def test_a_poor_generator_says_nothing_unless_a_bias_shows_all_the_same():
-    verdict = judge(Y, **votes(amplifier=(range(40), 2), again=(range(30), 3)))
-    assert verdict.found is None and verdict.checks[1].value == pytest.approx(0.35)
-    assert "too poor" in as_data(verdict, Y, ("cat", "dog"))["sentences"][0]
-    better = votes(amplifier=(range(25), 2), again=(range(15), 3))
+    """The worse of the two amplifiers counts: one may have failed."""
+    verdict = judge(Y, **votes(amplifier=(range(25), 2), again=(range(3), 3)))
+    assert verdict.found is None and verdict.checks[2].value == pytest.approx(0.25)
+    assert "too poor" in as_data(verdict, Y, ("cat",) * 6)["sentences"][0]
+    better = votes(amplifier=(range(20), 2), again=(range(15), 3))
     assert judge(Y, **better).found is False, "a fifth is the limit"
-    shared = everyone(range(60), 1) | {"erm": (range(35), 1)}
-    assert judge(Y, **votes(**shared)).found is True, "35 of 60: Wilson's lower bound is .46"
+    shared = everyone(range(40), 1) | {"erm": (range(8), 1)}
+    assert judge(Y, **votes(**shared)).found is None, "8 of 40: Wilson's lower bound is .11"
+    y = torch.arange(100) // 60 * 5
+    said = {name: y.clone() for name in NETWORKS}
+    said["amplifier"][:49] = said["again"][:49] = said["erm"][:28] = 1
+    verdict = judge(y, **said)
+    assert verdict.found is True, "28 of 49: Wilson's lower bound is .43"
+    assert not verdict.checks[2].passed
+
+
+def test_networks_that_learnt_nothing_say_nothing():
+    """All name class 0: their errors agree, and none errs more often than the ERM."""
+    constant = dict.fromkeys(NETWORKS, torch.zeros_like(Y))
+    verdict = judge(Y, **constant)
+    assert verdict.found is None and not verdict.checks[0].passed
+    assert "too little was learnt" in as_data(verdict, Y, ("cat",) * 6)["sentences"][0]
+    better = constant | {"erm": torch.where(torch.arange(100) < 90, 0, 5)}
+    assert judge(Y, **better).found is False, "10 errors of 100: Wilson's upper bound is .17"
+
+
+def test_most_images_at_odds_are_no_bias():
+    """What most images are is the rule and not its exception."""
+    y = torch.arange(100) // 50 * 5
+    said = {name: y.clone() for name in NETWORKS}
+    said["amplifier"][:51] = said["again"][:51] = said["erm"][:30] = 1
+    verdict = judge(y, **said)
+    assert verdict.found is None and not verdict.checks[1].passed
+    said["amplifier"][:2] = said["again"][:2] = 0
+    assert judge(y, **said).found is True, "28 of 49"
 
 
 def test_few_images_do_not_suffice():
@@ -77,13 +107,14 @@ def test_chance_alone_is_seldom_a_bias():
     generator = np.random.default_rng(0)
     found = 0
     for _ in range(200):
+        y = generator.integers(0, 10, 400)
         said = {
             name: torch.from_numpy(
-                np.where(generator.random(400) < 0.15, generator.integers(1, 10, 400), 0)
+                np.where(generator.random(400) < 0.15, (y + generator.integers(1, 10, 400)) % 10, y)
             )
             for name in NETWORKS
         }
-        found += judge(torch.zeros(400, dtype=torch.int64), **said).found is True
+        found += judge(torch.from_numpy(y), **said).found is True
     assert found <= 1
 
 
