@@ -112,8 +112,9 @@ def sentences(verdict: Verdict, count: int) -> list[str]:
     if not learnt.passed:
         return [
             "Nothing can be said about a bias: too little was learnt.",
-            f"A network trained on real images errs on {100 * learnt.value:.0f} % of unseen ones; who "
-            f"names the most frequent class each time, on {100 * learnt.limit:.0f} %.",
+            f"A network trained on the real images errs on {100 * learnt.value:.0f} % of others, "
+            "and who names the most frequent class each time errs on "
+            f"{100 * learnt.limit:.0f} %.",
             "Train longer (--amplifier.images, --diffusion.images), or give it more images.",
         ]
     if verdict.found is None:
