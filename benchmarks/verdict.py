@@ -105,7 +105,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             sum(r["found"] is True for r in of_kind),
             sum(r["found"] is False for r in of_kind),
             sum(r["found"] is None for r in of_kind),
-            f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %" if shares else "no error",
+            " to ".join(dict.fromkeys(f"{100 * f(shares):.0f}" for f in (min, max))) + " %"
+            if shares
+            else "no error",
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"

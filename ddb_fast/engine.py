@@ -43,7 +43,7 @@ class Checkpoints:
 
 
 def step_seed(*parts: object) -> int:
-    """A 63-bit seed from names and numbers, so that no two streams of a run are related."""
+    """A 63-bit seed from names and numbers: other names, an unrelated stream."""
     text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
