@@ -44,7 +44,7 @@ def group_norm(
         seed: 0-d int64 tensor on x's device; the mask is a pure function of it and of the element's
             row-major index, the same from every backend. None: torch's default generator decides.
         residual: like x, in x's dtype.
-        return_sum: return (y, x + pre_bias + residual).
+        return_sum: return (y, x + pre_bias + residual); without either it may share x's memory.
         backend: name of a backend; None leaves the choice to `use_backend`, the environment
             variable DDB_FAST_BACKEND, or the automatic order.
 
