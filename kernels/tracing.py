@@ -19,15 +19,21 @@ def assume_constant_result(function: F) -> F:
     return function
 
 
+_transform, _trace = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+
+
 def torch_operators_only() -> list[str]:
     """Say what is going on that needs torch's own operators; kernels would be left out unseen."""
     if torch.compiler.is_compiling():
         return []
+    # One question for all, as every call asks it.
+    if _transform() is None and forward_ad._current_level < 0 and _trace() is None:
+        return []
     reasons = []
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _transform() is not None:
         reasons.append("the transforms of torch.func see through torch's own operators only")
     if forward_ad._current_level >= 0:
         reasons.append("it has no forward-mode derivatives")
-    if torch.jit.is_tracing():
+    if _trace() is not None:
         reasons.append("torch.jit.trace records torch's own operators only")
     return reasons

@@ -48,7 +48,7 @@ def diffusion_loss(
     null_class, the label that stands for "no class". x0: (N, C, H, W) normalised images; the loss
     is computed in their dtype, so keep them float32 under autocast. y: (N,) int64.
     target: eps | v. class_dropout: probability that a label is dropped, drawn for every sample or
-    (the authors) once for the whole batch. loss_scale: mean, or authors, who divide the sum over
+    (the authors) once for all of this call. loss_scale: mean, or authors, who divide the sum over
     everything by N^2, N the batch of all devices: batch_size, None for this call's. loss_weight:
     none, or min-snr, each image's error by `min_snr_weight` before either.
     generator: on x0's device; None: the global one.
