@@ -168,7 +168,7 @@ def _groups(
     except (ValueError, OSError) as error:
         unknown = f"the run's own images: {error}"
     else:
-        same = run.manifest["stages"]["data"]["fields"]["data.fingerprint"] == own.fingerprint
+        same = run.fingerprint == own.fingerprint
         if same and set(images.biases) <= set(own.biases or ()):
             number = torch.tensor([own.biases.index(name) for name in images.biases])
             trained = torch.tensor([split == "train" for split in own.split])

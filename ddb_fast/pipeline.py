@@ -87,6 +87,11 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -
         OSError: a file could not be written; what was complete stays trusted, the rest is redone.
     """
     main = accelerator.is_main_process
+    if config.data.path is not None:
+        # Links stay: the paths in a table are relative to the folder where the table is named.
+        config = replace(
+            config, data=replace(config.data, path=str(Path(config.data.path).absolute()))
+        )
     if config.diffusion.load is not None:
         source = Path(config.diffusion.load).resolve()
         loaded = read_diffusion_config(source)

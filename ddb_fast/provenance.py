@@ -62,6 +62,11 @@ class FinishedRun:
         return cls(path, config, manifest, done)
 
     @property
+    def fingerprint(self) -> str:
+        """Of the images that the run began with, as `Listing.fingerprint`."""
+        return self.manifest["stages"]["data"]["fields"]["data.fingerprint"]
+
+    @property
     def classifiers(self) -> dict[str, list[int]]:
         """The seeds of each method that has finished classifiers."""
         found: dict[str, list[int]] = {}

@@ -3,6 +3,7 @@
 Heavy imports wait until the arguments are understood, so that `--help` is there at once.
 """
 
+import argparse
 import json
 import logging
 import os
@@ -23,6 +24,8 @@ from ddb_fast.train import set_threads
 
 if TYPE_CHECKING:
     import torch
+
+    from ddb_fast.provenance import FinishedRun
 
 SOURCES = typing.get_args(typing.get_type_hints(DataConfig)["source"])
 
@@ -55,6 +58,21 @@ def data_config(
     if not 0 <= rho <= 1:
         raise ValueError(f"--rho {rho}: a share in 0 to 1 is needed")
     return replace(config, rho=rho)
+
+
+def _images(run: "FinishedRun", arguments: argparse.Namespace) -> DataConfig:
+    """The images that a command line means; ValueError where the run's own have changed."""
+    config = data_config(run.config.data, arguments.data, arguments.source, arguments.rho)
+    if arguments.data is None and config == run.config.data:
+        _check_unchanged(run, "--data names others")
+    return config
+
+
+def _check_unchanged(run: "FinishedRun", advice: str) -> None:
+    from ddb_fast.data.sources import open_listing
+
+    if open_listing(run.config.data).fingerprint != run.fingerprint:
+        raise ValueError(f"{run.path}: the run's images, labels or splits have changed; {advice}")
 
 
 def _parser(prog: str, command: str, *, run: str = "folder of a finished run") -> OneLineParser:
@@ -100,9 +118,9 @@ def score(argv: Sequence[str], *, prog: str = "ddb-fast score") -> int:
     from ddb_fast.scoring import table_format
 
     run = FinishedRun.open(arguments.run)
-    data = data_config(run.config.data, arguments.data, arguments.source, arguments.rho)
     # Before the work, which may take an hour.
     form = table_format(arguments.out, arguments.format)
+    data = _images(run, arguments)
     device = _prepare(run.config)
     corrupt = arguments.corrupt or run.config.data.corrupt
     table = apply.score(run, data, corrupt=corrupt, device=device)
@@ -130,7 +148,7 @@ def evaluate(argv: Sequence[str], *, prog: str = "ddb-fast evaluate") -> int:
     from ddb_fast.provenance import FinishedRun
 
     run = FinishedRun.open(arguments.run)
-    data = data_config(run.config.data, arguments.data, arguments.source, arguments.rho)
+    data = _images(run, arguments)
     device = _prepare(run.config)
     results = evaluation.evaluate(
         run,
@@ -214,6 +232,7 @@ def report(argv: Sequence[str], *, prog: str = "ddb-fast report") -> int:
     from ddb_fast.provenance import FinishedRun
 
     run = FinishedRun.open(arguments.run)
+    _check_unchanged(run, "a report shows those that it began with")
     _prepare(run.config)
     write_results(run.path, run.config, read_data(run.config, run.path), run.manifest["seconds"])
     page = run.path / "report.html"
