@@ -165,14 +165,20 @@ def _run_stages(
     if config.tracker != "none":
         accelerator.init_trackers("ddb_fast", config={"preset": config.preset})
     began = time.monotonic()
+    meta = path / "cache" / "meta.json"
     with accelerator.main_process_first():
+        # What was decoded for a command that was refused: nothing else rests on it.
+        unbound = main and meta.exists() and not folder.done("data")
+        if unbound and listing.fingerprint not in meta.read_text("utf-8"):
+            shutil.rmtree(meta.parent)
         data = read_data(config, path, listing, progress=config.progress and main)
-    if not folder.done("data"):
-        folder.begin("data")
-        folder.finish("data", time.monotonic() - began)
+    seconds = time.monotonic() - began
     context = Context(config=config, accelerator=accelerator, data=data, log=log)
     logger.info("%s", describe(data))
     check_labels(config, data)
+    if not folder.done("data"):
+        folder.begin("data")
+        folder.finish("data", seconds)
     folder.record()
 
     stage = Stages(folder, accelerator)

@@ -215,6 +215,20 @@ def test_data_that_changed_under_a_run(capsys, tmp_path):
     assert (out / "results.json").read_bytes() == kept
 
 
+def test_a_refused_method_binds_nobody_to_the_labels_it_lacked(capsys, tmp_path):
+    root, out = photos(tmp_path / "photos"), tmp_path / "out"
+    rows = [f"{name}/{i}.png,{y}" for y, name in enumerate(("cat", "dog")) for i in range(6)]
+    table = root / "lab.csv"
+    table.write_text("\n".join(["path,y", *rows]))
+    words = ["tiny", "--data", str(table), "--out", str(out), "--methods", "group-dro"]
+    words += [*WORDS.split(), "--data.validation_share", "0"]
+    assert "needs bias labels" in refused(capsys, *words)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    rows = [f"{row},{i % 2}" for i, row in enumerate(rows)]
+    table.write_text("\n".join(["path,y,a", *rows]))
+    assert main(words, prog="ddb-fast run") == 0, capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory):
     """A run whose generator can be handed to others."""
