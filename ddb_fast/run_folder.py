@@ -127,6 +127,9 @@ class RunFolder:
                 here = asked.get(name)
                 if there != here:
                     differences[name] = f"{name} is {there} there, {here} here"
+        if "data.fingerprint" in differences:  # two digests tell nobody anything
+            told = "the images, labels or splits are not those that it began with"
+            differences["data.fingerprint"] = told
         if differences:
             raise ValueError(
                 f"{self.path} holds a run with another configuration: "

@@ -211,7 +211,9 @@ def test_data_that_changed_under_a_run(capsys, tmp_path):
     assert main(words, prog="ddb-fast run") == 0
     kept = (out / "results.json").read_bytes()
     photo(root / "cat" / "new.png")
-    assert "data.fingerprint" in refused(capsys, *words)
+    line = refused(capsys, *words)
+    assert "the images, labels or splits are not those that it began with. Name another" in line
+    assert "fingerprint" not in line
     assert (out / "results.json").read_bytes() == kept
 
 
