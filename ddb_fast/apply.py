@@ -47,12 +47,7 @@ def score(run: FinishedRun, data: DataConfig, *, corrupt: str, device: torch.dev
     amplifier, images that are not there, and classes that it does not know.
     """
     if not {"amplifier", "scores"} <= run.done:
-        why = "the same `ddb-fast run` goes on"
-        if run.config.pseudo_labels.load is not None:
-            why = f"its scores are of another run, {run.config.pseudo_labels.load}; name that one"
-        elif not run.config.amplifies:
-            why = "its methods need none; the same `ddb-fast run` with --methods ddb-ii makes one"
-        raise ValueError(f"{run.path}: no finished bias amplifier: {why}")
+        raise ValueError(run.without("bias amplifier"))
     network, config, classes = load_classifier(run.path / "amplifier" / "model.safetensors")
     network.to(device)
     trained = read_scores(run.path / "amplifier" / "scores.csv")

@@ -277,7 +277,7 @@ class BiasAmplifier(_OfImages, _Model):
         """
         finished = FinishedRun.open(run)
         if "amplifier" not in finished.done:
-            raise ValueError(f"{run}: no finished bias amplifier; none of its methods needs one")
+            raise ValueError(finished.without("bias amplifier"))
         try:
             meta = read_json(finished.path / "cache" / "meta.json")
         except ValueError as error:
@@ -320,9 +320,7 @@ class Generator(_Model):
         """Take the generator out of a run's folder; ValueError, one line, if it has none."""
         finished = FinishedRun.open(run)
         if "diffusion" not in finished.done:
-            raise ValueError(
-                f"{run}: no finished generator; its methods need none, or it used other images"
-            )
+            raise ValueError(finished.without("generator"))
         unet, config, classes = load_diffusion(finished.path / "diffusion")
         seed = finished.config.seed
         about = facts(finished, classes=len(classes), method=None, seed=seed)

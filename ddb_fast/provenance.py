@@ -76,6 +76,17 @@ class FinishedRun:
                 found.setdefault(method, []).append(int(seed))
         return {method: sorted(seeds) for method, seeds in sorted(found.items())}
 
+    def without(self, part: str) -> str:
+        """The line for a run with no finished `part`, bias amplifier or generator, and why."""
+        why, scores = "the same `ddb-fast run` goes on", self.config.pseudo_labels.load
+        if scores is not None:
+            why = f"its scores are of another run, {scores}; name that one"
+        elif not self.config.amplifies:
+            why = "its methods need none; the same `ddb-fast run` with --methods ddb-ii makes one"
+        elif part == "generator" and self.config.sampling.load is not None:
+            why = "it used other images"
+        return f"{self.path}: no finished {part}: {why}"
+
     def choose(self, method: str | None, seed: int | None) -> tuple[str, int]:
         """The classifier meant: without a method the only debiased one, without a seed the first.
 

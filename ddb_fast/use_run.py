@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ddb_fast.arguments import OneLineParser, check_takes_rho
 from ddb_fast.cli import COMMANDS
 from ddb_fast.compare import Run, group_tables, tables_of
-from ddb_fast.config import DataConfig, RunConfig
+from ddb_fast.config import CONTROLS, DataConfig, RunConfig
 from ddb_fast.presets import PRESETS
 from ddb_fast.tabular import as_markdown
 from ddb_fast.train import set_threads
@@ -232,6 +232,12 @@ def report(argv: Sequence[str], *, prog: str = "ddb-fast report") -> int:
     from ddb_fast.provenance import FinishedRun
 
     run = FinishedRun.open(arguments.run)
+    config = run.config
+    needed = {f"{method}/seed{seed}" for method in config.methods for seed in config.seeds}
+    needed |= {"scores"} if config.scored else set()
+    needed |= {"real-scores"} if CONTROLS.intersection(config.methods) else set()
+    if not needed <= run.done:
+        raise ValueError(f"{run.path}: an unfinished run; the command that began it goes on")
     _check_unchanged(run, "a report shows those that it began with")
     _prepare(run.config)
     write_results(run.path, run.config, read_data(run.config, run.path), run.manifest["seconds"])
