@@ -80,7 +80,8 @@ class FinishedRun:
         """The line for a run with no finished `part`, bias amplifier or generator, and why."""
         why, scores = "the same `ddb-fast run` goes on", self.config.pseudo_labels.load
         if scores is not None:
-            why = f"its scores are of another run, {scores}; name that one"
+            place = f", {scores}" if Path(scores).exists() else ""  # `debias` gives a temporary one
+            why = f"its scores are of another run{place}; name that one"
         elif not self.config.amplifies:
             why = "its methods need none; the same `ddb-fast run` with --methods ddb-ii makes one"
         elif part == "generator" and self.config.sampling.load is not None:

@@ -54,6 +54,16 @@ def test_every_command_says_why_there_is_none(fields, amplifier, generator, tmp_
     assert refusal(use_run.sample, [str(run), "--out", str(tmp_path / "out")]) == line
 
 
+def test_scores_of_another_run_that_are_gone_are_not_named(tmp_path):
+    given = tmp_path / "scores.csv"
+    given.write_text("loss")
+    run = stopped(tmp_path / "run", methods="ddb-i", pseudo_labels__load=str(given))
+    words = [str(run), "--data", "digits"]
+    assert refusal(use_run.score, words).endswith(f"of another run, {given}; name that one")
+    given.unlink()
+    assert refusal(use_run.score, words).endswith("its scores are of another run; name that one")
+
+
 @pytest.mark.parametrize("methods", ["erm", "ddb-i", "none", "real-amplifier-i"])
 def test_a_report_of_an_unfinished_run(methods, tmp_path):
     run = stopped(tmp_path / "run", methods=methods)

@@ -362,7 +362,8 @@ def test_a_run_that_lacks_what_is_asked(run, photos, tmp_path):
         with pytest.raises(ValueError, match=told):
             use_run.evaluate([str(run), "--split", "val", *words])
     config = json.loads((out / "config.json").read_text()) | {"methods": ["ddb-ii"]}
-    for load, told in ((None, "`ddb-fast run` goes on"), ("a/scores.csv", "of another run, a/sco")):
+    table = str(run / "amplifier/scores.csv")
+    for load, told in ((None, "`ddb-fast run` goes on"), (table, f"of another run, {table}; name")):
         config["pseudo_labels"]["load"] = load
         (out / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=f"no finished bias amplifier: .*{told}"):
