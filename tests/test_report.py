@@ -278,7 +278,7 @@ def found(tmp_path_factory):
             Image.fromarray(entry.pixels).save(place / entry.path.replace("/", "-"))
     out, given = folder / "run", str(folder / "given")
     longer = {"amplifier__images": "12800", "amplifier__width": "16"}
-    answer = small.ddb_fast(out, data__rho="0.95", methods="none", sampling__load=given, **longer)
+    answer = small.ddb_fast(out, data__rho="0.95", methods="none", synthetic=given, **longer)
     assert answer.returncode == 0, answer.stderr
     return out
 
