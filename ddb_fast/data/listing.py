@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import normpath
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -54,8 +55,8 @@ class Listing:
     (N, 3, H, W), where pixels tell. fit: how the diffusion model's copy takes its size: squash
     resizes; pad puts black around what is smaller and resizes what is larger. ValueError for fewer
     than two classes, a class without training images, factors that make another number of biases,
-    clusters that only some images of a split have, or a path that is listed twice or is not
-    Unicode.
+    clusters that only some images of a split have, or a path that is listed twice, however
+    it is spelled, or is not Unicode.
     """
 
     name: str
@@ -95,9 +96,10 @@ class Listing:
         for path in self.paths:
             if not _is_unicode(path):
                 raise ValueError(f"{self.name}: rename {path!r}, its name is not valid Unicode")
-            if path in seen:
+            plain = normpath(path)
+            if plain in seen:
                 raise ValueError(f"{self.name}: {path} is listed twice; keep one of the two")
-            seen.add(path)
+            seen.add(plain)
 
     def __len__(self) -> int:
         return len(self.entries)

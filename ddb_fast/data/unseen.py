@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from os.path import normpath
 from pathlib import Path
 from typing import Literal
 
@@ -90,9 +91,10 @@ def _sorted(
 ) -> Images:
     seen: set[str] = set()
     for path in (entry.path for entry in entries):
-        if path in seen:
+        plain = normpath(path)
+        if plain in seen:
             raise ValueError(f"{name}: {path} is listed twice; keep one of the two")
-        seen.add(path)
+        seen.add(plain)
         try:
             path.encode()
         except UnicodeEncodeError:

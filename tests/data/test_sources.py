@@ -260,6 +260,13 @@ def test_wrong_tables(tmp_path, text, words):
     assert [word for word in words if word not in line] == [], line
 
 
+def test_a_file_under_two_spellings_is_listed_twice(tmp_path):
+    (tmp_path / "photos").mkdir()
+    text = "path,y\na.png,0\nb.png,1\nphotos/../a.png,1\n"
+    line = one_line(list_csv, table(tmp_path, text))
+    assert "photos/../a.png is listed twice" in line
+
+
 def test_a_csv_that_is_not_text(tmp_path):
     line = one_line(list_csv, table(tmp_path, "path,y\nä.png,0\n", encoding="latin-1"))
     assert "UTF-8" in line

@@ -67,11 +67,13 @@ def test_a_split_alone_is_enough(tmp_path):
         ([{"path": "a.png", "y": "cat", "a": ""}], "line 2: a is empty"),
         ([{"path": "none.png"}], "no file"),
         ([{"path": "a.png"}, {"path": "a.png"}], r"a\.png is listed twice"),
+        ([{"path": "a.png"}, {"path": "x/../a.png"}], r"x/\.\./a\.png is listed twice"),
         ([{"path": "a.png", "y": "cat", "split": "all"}], "split is 'all'"),
         ([{"file": "a.png"}], "no column `path`"),
     ],
 )
 def test_wrong_tables(tmp_path, rows, told):
+    (tmp_path / "x").mkdir()
     for name in ("a.png", "b.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     table = write_table(tmp_path / "table.csv", rows)
