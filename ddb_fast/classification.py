@@ -23,6 +23,7 @@ from ddb_fast.models.classifiers import build_classifier, linear_head, load_pret
 from ddb_fast.recipes import ERM
 from ddb_fast.scoring import (
     COLUMNS,
+    EVALUATION_BATCH,
     joined,
     logits_of,
     loss_of_label,
@@ -69,6 +70,7 @@ def train_classifier(
     `recipe(logits, y, index)` is the loss; `resume` is where the training state is kept meanwhile;
     `clipped`, `stop_at` and `selection` are the engine's.
     whole: images are resized, never cropped to their centre, as the amplifier's are when scored.
+    ValueError, and no state kept, for a network that diverged.
     """
     device = context.device
     network.to(device)
@@ -98,7 +100,13 @@ def train_classifier(
         images_on_host=images.device.type != device.type,
         show_progress=context.config.progress,
     )
-    network.eval()
+    # The last step's loss is that of the weights before it, and batch norm hides much from it.
+    answers = logits_of(network, images[:EVALUATION_BATCH], config, device=device, crop=not whole)
+    if not answers.isfinite().all():
+        if context.accelerator.is_main_process:
+            resume.unlink(missing_ok=True)
+        part = "amplifier" if whole else "classifier"
+        raise ValueError(f"{stage}: the {part} diverged; lower --{part}.lr")
     return seconds
 
 

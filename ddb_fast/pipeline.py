@@ -141,14 +141,14 @@ class Stages:
         if folder.done(key):
             logger.info("%s: done before", key)
             return
-        first = folder.begin(key)
+        folder.begin(key)
         began = time.monotonic()
         try:
             seconds = work()
-        except (ValueError, torch.OutOfMemoryError):
-            # A stage that refused its input, or found no room for it, binds nobody; one with
+        except (ValueError, FloatingPointError, torch.OutOfMemoryError):
+            # A stage that refused its input, diverged or found no room binds nobody; one with
             # unfinished work on disk does.
-            if first and not (unfinished is not None and unfinished.exists()):
+            if unfinished is None or not unfinished.exists():
                 folder.forget(key)
             raise
         self.accelerator.wait_for_everyone()

@@ -145,12 +145,11 @@ class RunFolder:
         """Whether the results of `stage` or `method/seedN` are complete."""
         return self._stages.get(key, {}).get("done", False)
 
-    def begin(self, key: str) -> bool:
-        """Bind a stage to today's fields; return whether it was never begun before."""
-        first, fields = key not in self._stages, self._fields(key)
+    def begin(self, key: str) -> None:
+        """Bind a stage to today's fields."""
+        fields = self._fields(key)
         self._stages[key] = {"done": False, "hash": fields_hash(fields), "fields": fields}
         self._write()
-        return first
 
     def finish(self, key: str, seconds: float) -> None:
         """Record that the files of a stage are in place."""
@@ -158,7 +157,7 @@ class RunFolder:
         self._write()
 
     def forget(self, key: str) -> None:
-        """Undo the first `begin` of a stage that refused its input and left nothing."""
+        """Undo `begin` of a stage that refused its input and left nothing."""
         del self._stages[key]
         self._write()
 
