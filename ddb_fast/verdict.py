@@ -15,7 +15,7 @@ from torch import Tensor
 from ddb_fast.metrics import wilson_interval
 
 UNANIMOUS = 0.4
-"""Without a bias up to a sixth of an amplifier's errors are unanimous (docs/verdict.md)."""
+"""Without a bias up to a seventh of an amplifier's errors are unanimous (docs/verdict.md)."""
 FEWEST = 5
 """Unanimous errors that make a bias: a handful is as likely to be mislabelled."""
 POOR = 0.2
