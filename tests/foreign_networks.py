@@ -1,10 +1,15 @@
 """Networks that `optimize` meets, and what compares one with a twin that was left alone."""
 
 import copy
+import importlib.util
+import inspect
 import math
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +27,19 @@ def randomised(model: nn.Module) -> nn.Module:
             elif not parameter.any():
                 parameter.normal_(0, 0.05)
     return model
+
+
+def another_version(cls: type, old: str, new: str, folder: Path) -> type:
+    """The class as a release with another source would have it."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    assert old in source
+    path = folder / "another_version.py"
+    path.write_text("from __future__ import annotations\n" + source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(f"another_version_{id(path)}", path)
+    module = importlib.util.module_from_spec(spec)
+    vars(module).update(torch=torch, nn=nn, F=F, math=math)
+    spec.loader.exec_module(module)
+    return getattr(module, cls.__name__)
 
 
 def error(actual: Tensor, truth: Tensor, floor: Tensor | None = None) -> float:

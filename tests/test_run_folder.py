@@ -17,14 +17,19 @@ def open_folder(config):
     return folder
 
 
-def test_a_field_that_came_later_had_its_default(tmp_path):
-    """A run of an older version goes on, unless the new field is asked for."""
-    config = with_fields(PRESETS["digits"](), {"out": str(tmp_path / "run")})
+def finished(out):
+    """Configuration and manifest of a run with one finished stage."""
+    config = with_fields(PRESETS["digits"](), {"out": str(out)})
     folder = open_folder(config)
     folder.begin("erm/seed0")
     folder.finish("erm/seed0", 1.0)
     folder.close()
-    manifest = tmp_path / "run" / "manifest.json"
+    return config, out / "manifest.json"
+
+
+def test_a_field_that_came_later_had_its_default(tmp_path):
+    """A run of an older version goes on, unless the new field is asked for."""
+    config, manifest = finished(tmp_path / "run")
     older = json.loads(manifest.read_text())
     del older["stages"]["erm/seed0"]["fields"]["selection"]
     manifest.write_text(json.dumps(older))
@@ -38,12 +43,7 @@ def test_a_field_that_came_later_had_its_default(tmp_path):
 
 
 def test_a_stage_of_another_version_is_left_alone(tmp_path):
-    config = with_fields(PRESETS["digits"](), {"out": str(tmp_path / "run")})
-    folder = open_folder(config)
-    folder.begin("erm/seed0")
-    folder.finish("erm/seed0", 1.0)
-    folder.close()
-    manifest = tmp_path / "run" / "manifest.json"
+    config, manifest = finished(tmp_path / "run")
     other = json.loads(manifest.read_text())
     other["stages"]["polish"] = other["stages"]["erm/seed0"]
     manifest.write_text(json.dumps(other))

@@ -1,17 +1,14 @@
 """optimize on the networks of diffusers, against the same network left alone."""
 
 import functools
-import importlib.util
-import inspect
 import math
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from foreign_networks import (
     TOLERANCE,
+    another_version,
     assert_equal_gradients,
     assert_same,
     conditional,
@@ -213,19 +210,6 @@ def test_a_processor_that_we_do_not_know_is_left(tmp_path, old, new, why):
     attention = processors.Attention(16, heads=2, dim_head=8, processor=cls())
     (entry,) = optimize(attention).left
     assert entry.what == f"AttnProcessor2_0: {why}, which we do not know"
-
-
-def another_version(cls: type, old: str, new: str, folder: Path) -> type:
-    """The class as a release with another source would have it."""
-    source = textwrap.dedent(inspect.getsource(cls))
-    assert old in source
-    path = folder / "another_version.py"
-    path.write_text("from __future__ import annotations\n" + source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"another_version_{id(path)}", path)
-    module = importlib.util.module_from_spec(spec)
-    vars(module).update(torch=torch, nn=nn, F=F)
-    spec.loader.exec_module(module)
-    return getattr(module, cls.__name__)
 
 
 def test_attention_that_has_more_to_it_stays():
