@@ -25,6 +25,7 @@ from ddb_fast.train import set_threads
 if TYPE_CHECKING:
     import torch
 
+    from ddb_fast.data.listing import Listing
     from ddb_fast.provenance import FinishedRun
 
 SOURCES = typing.get_args(typing.get_type_hints(DataConfig)["source"])
@@ -68,11 +69,13 @@ def _images(run: "FinishedRun", arguments: argparse.Namespace) -> DataConfig:
     return config
 
 
-def _check_unchanged(run: "FinishedRun", advice: str) -> None:
+def _check_unchanged(run: "FinishedRun", advice: str) -> "Listing":
     from ddb_fast.data.sources import open_listing
 
-    if open_listing(run.config.data).fingerprint != run.fingerprint:
+    listing = open_listing(run.config.data)
+    if listing.fingerprint != run.fingerprint:
         raise ValueError(f"{run.path}: the run's images, labels or splits have changed; {advice}")
+    return listing
 
 
 def _parser(prog: str, command: str, *, run: str = "folder of a finished run") -> OneLineParser:
@@ -238,9 +241,10 @@ def report(argv: Sequence[str], *, prog: str = "ddb-fast report") -> int:
     needed |= {"real-scores"} if CONTROLS.intersection(config.methods) else set()
     if not needed <= run.done:
         raise ValueError(f"{run.path}: an unfinished run; the command that began it goes on")
-    _check_unchanged(run, "a report shows those that it began with")
-    _prepare(run.config)
-    write_results(run.path, run.config, read_data(run.config, run.path), run.manifest["seconds"])
+    listing = _check_unchanged(run, "a report shows those that it began with")
+    _prepare(config)
+    data = read_data(config, run.path, listing)
+    write_results(run.path, config, data, run.manifest["seconds"])
     page = run.path / "report.html"
     print(f"report:  {page}")
     if arguments.open:

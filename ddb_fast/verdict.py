@@ -99,8 +99,10 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdic
             passed=excess <= POOR,
         ),
     )
-    learnt, same, generator = (check.passed for check in checks)
-    found = (same or (False if generator else None)) if learnt else None
+    learnt, unanimity, generator = checks
+    found = None
+    if learnt.passed and (unanimity.passed or generator.passed):
+        found = unanimity.passed
     return Verdict(found=found, at_odds=at_odds, checks=checks)
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import normpath
@@ -92,14 +92,7 @@ class Listing:
         for split in SPLITS:
             if len({len(entry.clusters) for entry in self.entries if entry.split == split}) > 1:
                 raise ValueError(f"{self.name}: only some images of {split} have clusters")
-        seen = set()
-        for path in self.paths:
-            if not _is_unicode(path):
-                raise ValueError(f"{self.name}: rename {path!r}, its name is not valid Unicode")
-            plain = normpath(path)
-            if plain in seen:
-                raise ValueError(f"{self.name}: {path} is listed twice; keep one of the two")
-            seen.add(plain)
+        check_paths(self.name, self.paths)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -141,8 +134,16 @@ class Listing:
         return Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else read_image(pixels)
 
 
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def check_paths(name: str, paths: Iterable[str]) -> None:
+    """ValueError for a path of `name` that is listed twice, however spelled, or is not Unicode."""
+    seen = set()
+    for path in paths:
+        if any("\ud800" <= character <= "\udfff" for character in path):
+            raise ValueError(f"{name}: rename {path!r}, its name is not valid Unicode")
+        plain = normpath(path)
+        if plain in seen:
+            raise ValueError(f"{name}: {path} is listed twice; keep one of the two")
+        seen.add(plain)
 
 
 def read_image(file: Path) -> Image.Image:

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os.path import normpath
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +20,14 @@ from tqdm.auto import tqdm
 
 from ddb_fast.config import DataConfig
 from ddb_fast.data.files import EXTENSIONS, image_files, read_table, subfolders
-from ddb_fast.data.listing import SPLITS, BrokenImageError, Entry, hold_out, read_image
+from ddb_fast.data.listing import (
+    SPLITS,
+    BrokenImageError,
+    Entry,
+    check_paths,
+    hold_out,
+    read_image,
+)
 from ddb_fast.data.sources import csv_image, open_listing, source_of, split_folders
 
 logger = logging.getLogger(__name__)
@@ -89,16 +95,7 @@ def _sorted(
     labelled: bool,
     biases: tuple[str, ...] | None = None,
 ) -> Images:
-    seen: set[str] = set()
-    for path in (entry.path for entry in entries):
-        plain = normpath(path)
-        if plain in seen:
-            raise ValueError(f"{name}: {path} is listed twice; keep one of the two")
-        seen.add(plain)
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{name}: rename {path!r}, its name is not valid Unicode") from None
+    check_paths(name, (entry.path for entry in entries))
     order = sorted(entries, key=lambda e: ((*SPLITS, "").index(e.split), e.y, e.path))
     return Images(name=name, entries=tuple(order), labelled=labelled, biases=biases)
 
