@@ -38,16 +38,45 @@ _NORMS = (
     *({"split": 0, "num_warps": w, "stages": s} for w in (4, 8, 16) for s in (1, 3)),
     *({"split": 1, "num_warps": w, "unroll": u} for w in (4, 8) for u in (1, 2)),
 )
-_ATTENTIONS = (_DEFAULT, *({"num_warps": w, "num_stages": s} for w in (4, 8) for s in (1, 2, 3)))
+# What a tile holds is no matter of speed.
+_TILES = tuple({"num_warps": w} for w in (2, 4, 8))
+# (queries, keys, warps, stages) of the kernels that walk over a long sequence.
+_WALKS = {
+    kernel: tuple(
+        dict(zip(("block_m", "block_n", "num_warps", "num_stages"), sizes, strict=True))
+        for sizes in choices
+    )
+    for kernel, choices in {
+        "attention_forward": (
+            (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 4), (128, 32, 8, 2),
+            (128, 32, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4),
+            (128, 128, 8, 2),
+        ),
+        "attention_backward_queries": (
+            (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 8, 2),
+            (128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 1), (128, 64, 8, 2), (128, 64, 8, 3),
+            (128, 128, 8, 2),
+        ),
+        "attention_backward_keys": (
+            (16, 64, 8, 2), (32, 64, 4, 1), (32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 8, 2),
+            (64, 32, 8, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 1), (64, 128, 8, 2),
+            (64, 128, 8, 3),
+        ),
+    }.items()
+}  # fmt: skip
 
 
 @contextmanager
-def trying(configuration: Mapping[str, int]) -> Iterator[set[tuple[str, str]]]:
-    """Launch every kernel with this configuration; yields which (kernel, key) asked for one."""
+def trying(
+    configuration: Mapping[str, int], kernel: str | None = None
+) -> Iterator[set[tuple[str, str]]]:
+    """Launch a kernel, or all, with this configuration; yields which (kernel, key) asked for it."""
     asked = set()
 
-    def answer(kernel: str, device: torch.device, key: str) -> Mapping[str, int] | None:
-        asked.add((kernel, key))
+    def answer(name: str, device: torch.device, key: str) -> Mapping[str, int] | None:
+        if kernel not in (None, name):
+            return None
+        asked.add((name, key))
         return configuration or None
 
     before, tuned.configuration = tuned.configuration, answer
@@ -60,11 +89,12 @@ def trying(configuration: Mapping[str, int]) -> Iterator[set[tuple[str, str]]]:
 
 
 def _forget() -> None:
-    from ddb_fast.kernels import triton_attention, triton_group_norm
+    from ddb_fast.kernels import launch, triton_attention, triton_group_norm
 
     triton_group_norm._plan.cache_clear()
     triton_attention.forward_blocks.cache_clear()
     triton_attention.backward_blocks.cache_clear()
+    launch._compiled.clear()
 
 
 def norm_items(
@@ -92,7 +122,8 @@ def norm_items(
             "class": tuned.group_norm_class(x.dtype, x.is_contiguous(), x.shape[1:], backward),
             "direction": "backward" if backward else "forward",
         }  # fmt: skip
-        yield from _tried(row, _NORMS, plan, functools.partial(_norm_timing, device, shape))
+        candidates = [(configuration, None) for configuration in _NORMS]
+        yield from _tried(row, candidates, plan, functools.partial(_norm_timing, device, shape))
 
 
 def attention_items(
@@ -113,37 +144,60 @@ def attention_items(
             "class": tuned.attention_class(kind, shape.s, shape.d, direction == "backward"),
         }  # fmt: skip
         timing = functools.partial(_attention_timing, device, shape)
-        yield from _tried(row, _ATTENTIONS, blocks, timing)
+        yield from _tried(row, _attention_candidates(blocks), blocks, timing)
+
+
+def _attention_candidates(
+    blocks: Callable[[], Any],
+) -> list[tuple[Mapping[str, int], str | None]]:
+    """Of each kernel by itself: with dq's launch, that of dk and dv stays what it is."""
+    with trying(_DEFAULT) as asked:
+        usual = blocks()
+    walk = not (usual[0] if isinstance(usual, tuple) else usual).heads
+    return [
+        (_DEFAULT, None),
+        *((c, kernel) for kernel, _ in sorted(asked) for c in (_WALKS[kernel] if walk else _TILES)),
+    ]
 
 
 def _tried(
     about: Row,
-    candidates: Iterable[Mapping[str, int]],
+    candidates: Iterable[tuple[Mapping[str, int], str | None]],
     plan: Callable[[], Hashable],
     timing: Callable[[Row], measure.Timing],
 ) -> Iterator[Item]:
     """A row for torch, and one for each candidate that leads to another plan."""
     different = {}
-    for configuration in candidates:
-        with trying(configuration) as asked:
-            different.setdefault(plan(), (configuration, sorted(asked)))
-    for backend, choices in (("torch", [(_DEFAULT, [])]), ("triton", different.values())):
-        for configuration, asked in choices:
-            row = {**about, "backend": backend, "configuration": configuration, "asked": asked}
-            names = [row[k] for k in ("op", "shape", "dtype", "layout", "direction") if k in row]
-            key = " ".join([*names, backend, json.dumps(configuration)])
+    for configuration, kernel in candidates:
+        with trying(configuration, kernel) as asked:
+            different.setdefault(plan(), (configuration, kernel, sorted(asked)))
+    for backend, choices in (("torch", [(_DEFAULT, None, [])]), ("triton", different.values())):
+        for configuration, kernel, asked in choices:
+            row = {
+                **about, "backend": backend, "configuration": configuration, "kernel": kernel,
+                "asked": asked,
+            }  # fmt: skip
+            names = ("op", "shape", "dtype", "layout", "direction", "backend", "kernel")
+            key = " ".join([row[k] for k in names if row.get(k)] + [json.dumps(configuration)])
             yield key, functools.partial(_row, row, timing)
 
 
 def _row(row: Row, timing: Callable[[Row], measure.Timing]) -> Row:
     try:
-        with trying(row["configuration"]):
-            return {**row, **timing(row).row()}
+        with trying(row["configuration"], row.get("kernel")):
+            return {**row, **timing(row).row(), "spills": _spills()}
     except TimeoutError:
         raise
     except Exception as reason:
         # Kept with what it is about: a backend that fails at a shape must not win its class.
         return {**row, "error": rows.reason(reason)}
+
+
+def _spills() -> int:
+    """Registers that the kernels launched since the last `trying` keep in memory."""
+    from ddb_fast.kernels import launch
+
+    return max((compiled.n_spills for compiled, _ in launch._compiled.values()), default=0)
 
 
 def _norm_timing(device: torch.device, shape: shapes.GroupNorm, row: Row) -> measure.Timing:
@@ -207,10 +261,12 @@ def from_gpu(measured: Iterable[Row]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(winners, configurations) of the rows of the part `tune`.
 
     A class "backward" is a call that will be differentiated: forward and backward count together.
+    Where two kernels make a call and both are launched otherwise, what each saves is added up.
+    A configuration that spills in 16 bits does not count, for it is not shipped.
     """
     pools: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(dict)
     timed = [row for row in measured if "us" in row or ("error" in row and "class" in row)]
-    timed = [{"us": math.inf, **row} for row in timed]
+    timed = [{"us": math.inf, **row} for row in timed if not spills(row)]
     for row in timed:
         tried = json.dumps(row["configuration"])
         for kernel, key in row["asked"]:
@@ -224,9 +280,14 @@ def from_gpu(measured: Iterable[Row]) -> tuple[dict[str, Any], dict[str, Any]]:
 
     times: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(dict)
     for row in timed:
-        used = [configurations.get(kernel, {}).get(key, _DEFAULT) for kernel, key in row["asked"]]
-        if all(row["configuration"] == one for one in used):
-            times[row["op"], row["class"]].setdefault(row["shape"], {})[row["backend"]] = row["us"]
+        if row["configuration"]:
+            continue
+        us = row["us"]
+        for kernel, key in row["asked"]:
+            chosen = configurations.get(kernel, {}).get(key, _DEFAULT)
+            tuned_us = pools[kernel, key][row["shape"]][json.dumps(chosen)]
+            us = min(us, tuned_us) if us == math.inf else us - row["us"] + tuned_us
+        times[row["op"], row["class"]].setdefault(row["shape"], {})[row["backend"]] = us
     winners: dict[str, Any] = defaultdict(dict)
     for (op, shape_class), by_shape in times.items():
         if "/backward/" in shape_class:
@@ -246,6 +307,11 @@ def from_gpu(measured: Iterable[Row]) -> tuple[dict[str, Any], dict[str, Any]]:
         if chosen is not None:
             winners[op][shape_class] = chosen
     return dict(winners), dict(configurations)
+
+
+def spills(row: Row) -> bool:
+    """Whether a configuration keeps registers in memory in 16 bits, so that it is not shipped."""
+    return bool(row["configuration"] and row.get("spills") and row["dtype"] != "fp32")
 
 
 def _order(op: str, shape_class: str) -> tuple[str, ...]:

@@ -7,7 +7,9 @@ to 1 and absent tensors as constants.
 
 import functools
 import itertools
+import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from ddb_fast.kernels import tuned
 from ddb_fast.kernels.launch import Launch, recording
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -29,7 +32,8 @@ _BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 class Variant:
     """One kernel as it would be compiled; `wide` are the operands to be moved 16 bytes at a time.
 
-    `half`: it computes on bf16 or fp16, for which spills are forbidden.
+    `half`: it computes on bf16 or fp16, for which spills are forbidden. `arch`: the only
+    architecture that it is launched on, None for every one.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Variant:
     half: bool
     wide: frozenset[str]
     labels: list[str] = field(default_factory=list)
+    arch: str | None = None
 
     @property
     def key(self) -> tuple:
@@ -63,7 +68,9 @@ class Variant:
         return f"{tile} w{self.num_warps} s{self.num_stages}"
 
 
-def variant(launch: Launch, label: str, wide: Callable[[Tensor], bool]) -> Variant:
+def variant(
+    launch: Launch, label: str, wide: Callable[[Tensor], bool], arch: str | None = None
+) -> Variant:
     """Specialise a launch; `wide` tells for a tensor whether it must be moved in 16 bytes."""
     kernel = launch.kernel
     given = {
@@ -89,13 +96,15 @@ def variant(launch: Launch, label: str, wide: Callable[[Tensor], bool]) -> Varia
         any(x.dtype in (torch.bfloat16, torch.float16) for x in tensors.values()),
         frozenset(name for name, x in tensors.items() if wide(x)),
         [label],
+        arch,
     )
 
 
 def recorded() -> list[Variant]:
     """Every different variant of the shipped kernels, with the calls that lead to it."""
     found: dict[tuple, Variant] = {}
-    for one in (*_group_norms(), *_attentions()):
+    # Those for every architecture first: they stand for the same ones of a single architecture.
+    for one in (*_group_norms(), *_attentions(), *_tuned()):
         known = found.setdefault(one.key, one)
         if known is not one and one.labels[0] not in known.labels:
             known.labels.append(one.labels[0])
@@ -223,6 +232,40 @@ def _attentions() -> Iterator[Variant]:
                 label = f"attention {dtype} {layout} {shape}"
                 for launch in _attention(shape, DTYPES[dtype], layout):
                     yield variant(launch, label, _wide_heads)
+
+
+def _tuned() -> Iterator[Variant]:
+    """What the tables of kernels/tuned/ put in the place of the kernels' own choice."""
+    for path in sorted(tuned.FOLDER.glob("sm_*.json")):
+        table = json.loads(path.read_text("utf-8"))["configurations"]
+        classes = {key for kernel in table.values() for key in kernel}
+        if "group_norm" in table:
+            raise ValueError(f"{path}: no shape is known for the classes of a group norm")
+        for key in sorted(classes):
+            dtype, _, length, width = key.split("/")
+            shape = shapes.Attention(128, 1, int(length[1:]), int(width[1:]))
+            with _on(path.stem):
+                launches = _attention(shape, DTYPES[dtype], "packed")
+            for launch in launches:
+                yield variant(launch, f"{path.stem} {key}", _wide_heads, path.stem)
+
+
+@contextmanager
+def _on(arch: str) -> Iterator[None]:
+    """Launch as on a device of this architecture."""
+    from ddb_fast.kernels import triton_attention
+
+    def choose_anew() -> None:
+        triton_attention.forward_blocks.cache_clear()
+        triton_attention.backward_blocks.cache_clear()
+
+    before, tuned.architecture = tuned.architecture, lambda device: arch
+    choose_anew()
+    try:
+        yield
+    finally:
+        tuned.architecture = before
+        choose_anew()
 
 
 def _wide_heads(x: Tensor) -> bool:

@@ -54,10 +54,12 @@ class Blocks:
 def forward_blocks(
     dtype: torch.dtype, queries: int, keys: int, head_dim: int, device: torch.device
 ) -> Blocks:
-    """Choose kernel and blocks; those of half precision do not spill on sm_80 to sm_100.
+    """Choose kernel and blocks.
 
     Sequences of at most 32 tokens share a tile of 64. Longer ones are taken whole where the keys
-    and values of a head lie on chip beside their scores, else the kernel walks over them.
+    and values of a head lie on chip beside their scores, else the kernel walks over them. In half
+    precision nothing spills on sm_80, sm_90 and sm_100, and all fits into the 99 KiB of shared
+    memory of a GeForce card; what is faster where there is more is in `tuned/`.
     """
     half, d = dtype.itemsize == 2, _block_d(head_dim)
     heads, tile_m, tile_n = _tile(queries, keys)
@@ -66,8 +68,7 @@ def forward_blocks(
     elif half and tile_n <= 128 and tile_n * d <= 2**14:
         usual = Blocks(min(64, tile_m), tile_n, 4, heads=1)
     elif half:
-        # The accumulator of 128 queries and 256 columns does not fit in registers.
-        usual = Blocks(64 if d > 128 else 128, 64, 8 if d > 64 else 4, 2)
+        usual = Blocks(64, 32, 8, 2) if d > 128 else Blocks(64, 64, 4, 3)
     else:
         usual = Blocks(32 if d > 64 else 64, 32, 8)
     return _configured("attention_forward", dtype, queries, keys, head_dim, device, usual)
@@ -92,11 +93,9 @@ def backward_blocks(
     if not half:
         of_queries, of_keys = Blocks(32, 16, 8), Blocks(16, 32, 8)
     elif d > 128:
-        of_queries, of_keys = Blocks(64, 32, 8, 2), Blocks(64, 32, 8)
-    elif d > 64:
-        of_queries = of_keys = Blocks(64, 64, 8)
+        of_queries, of_keys = Blocks(64, 32, 8), Blocks(32, 32, 8)
     elif d > 16:
-        of_queries, of_keys = Blocks(128, 64, 8), Blocks(32, 64, 4)
+        of_queries, of_keys = Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 1 if d > 64 else 2)
     else:
         # Every thread moves at least 16 bytes of each operand.
         of_queries = of_keys = Blocks(64, 64, 4)
@@ -257,7 +256,7 @@ def _backward_plans(
             flash.backward_keys,
             (b * h * -(-keys // of_keys.block_n),),
             numbers | _strides(vec, dk=dk),
-            _constants(of_keys, dtype, d, vec),
+            _constants(of_keys, dtype, d, vec) | {"MASKED": s % of_keys.block_m != 0},
             of_keys,
         ),
     )

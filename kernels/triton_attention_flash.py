@@ -20,6 +20,18 @@ def _block(length, BLOCK: tl.constexpr):
     return tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
 
 
+@triton.jit
+def _tokens(p_x, m_row, b_d, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of a step of the walk; 0 where there is none."""
+    if MASKED:
+        b_x = tl.load(p_x, mask=mask(m_row, b_d, D), other=0.0)
+    elif D != BLOCK_D:
+        b_x = tl.load(p_x, mask=(b_d < D)[None, :], other=0.0)
+    else:
+        b_x = tl.load(p_x)
+    return b_x
+
+
 @triton.jit(do_not_specialize=(*strides("q", "k", "v", "o"), *SIZES))
 def forward_flash(
     p_q, p_k, p_v, p_o, p_lse,
@@ -46,8 +58,7 @@ def forward_flash(
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, keys, BLOCK_N):
-        m_keys = mask(start + b_n < keys, b_d, D)
-        b_k = tl.load(p_k, mask=m_keys, other=0.0)
+        b_k = _tokens(p_k, start + b_n < keys, b_d, D, BLOCK_D, MASKED)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if NEGATIVE:
             b_s = -b_s
@@ -57,7 +68,7 @@ def forward_flash(
         b_p = tl.exp2(b_s * scale_log2 - b_new_max[:, None])
         b_decay = tl.exp2(b_max - b_new_max)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_v = tl.load(p_v, mask=m_keys, other=0.0)
+        b_v = _tokens(p_v, start + b_n < keys, b_d, D, BLOCK_D, MASKED)
         b_o = b_o * b_decay[:, None]
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
         b_max = b_new_max
@@ -104,9 +115,8 @@ def backward_queries(
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, keys, BLOCK_N):
-        m_keys = mask(start + b_n < keys, b_d, D)
-        b_k = tl.load(p_k, mask=m_keys, other=0.0)
-        b_v = tl.load(p_v, mask=m_keys, other=0.0)
+        b_k = _tokens(p_k, start + b_n < keys, b_d, D, BLOCK_D, MASKED)
+        b_v = _tokens(p_v, start + b_n < keys, b_d, D, BLOCK_D, MASKED)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
@@ -128,7 +138,7 @@ def backward_keys(
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dk_b, dk_h, dk_s,
     num_heads, queries, keys, scale, scale_log2,
     D: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv [keys, D] of BLOCK_N keys.
 
@@ -154,9 +164,8 @@ def backward_keys(
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, queries, BLOCK_M):
         m_m = start + b_m < queries
-        m_queries = mask(m_m, b_d, D)
-        b_q = tl.load(p_q, mask=m_queries, other=0.0)
-        b_do = tl.load(p_do, mask=m_queries, other=0.0)
+        b_q = _tokens(p_q, m_m, b_d, D, BLOCK_D, MASKED)
+        b_do = _tokens(p_do, m_m, b_d, D, BLOCK_D, MASKED)
         b_lse = tl.load(p_lse + start + b_m, mask=m_m, other=0.0)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])

@@ -2,8 +2,9 @@
 
 One file per architecture in tuned/, written by `benchmarks/suite.py`:
 {"device", "torch", "triton", "command", "winners": {op: {class: backend}}, "configurations":
-{kernel: {key: {name: number}}}}. Without a file, the nearest measured architecture of the same
-kind counts: the newest one not newer, else the oldest.
+{kernel: {key: {name: number}}}}. Without a file, the winners of the nearest measured architecture
+of the same kind count: the newest one not newer, else the oldest. Configurations count on their own
+architecture only: what fits into its registers and shared memory need not fit elsewhere.
 """
 
 import functools
@@ -79,9 +80,11 @@ def winner(op: str, device: torch.device, shape_class: str) -> str | None:
 
 
 def configuration(kernel: str, device: torch.device, key: str) -> Mapping[str, int] | None:
-    """Return the measured launch configuration of a kernel, None where nothing was measured."""
-    table = measured(architecture(device))
-    return None if table is None else table["configurations"].get(kernel, {}).get(key)
+    """Return the launch configuration measured on this architecture, None where there is none."""
+    arch = architecture(device)
+    if nearest(arch) != arch:
+        return None
+    return measured(arch)["configurations"].get(kernel, {}).get(key)
 
 
 def describe(device: torch.device) -> str:

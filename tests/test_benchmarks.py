@@ -174,7 +174,7 @@ def test_the_fastest_wins_unless_it_is_noise():
 def tuned_row(shape, direction, backend, us, **configuration):
     asked = [["group_norm", f"key {direction}"]] if backend == "triton" else []
     return {
-        "op": "group_norm", "shape": shape, "class": f"nhwc/bf16/{direction}/20",
+        "op": "group_norm", "shape": shape, "class": f"nhwc/bf16/{direction}/20", "dtype": "bf16",
         "backend": backend, "asked": asked, "configuration": configuration, "us": us,
     }  # fmt: skip
 
@@ -229,6 +229,32 @@ def test_what_was_not_reached_does_not_decide_and_what_failed_does():
     assert winners == {"group_norm": names}
     assert configurations == {}
     assert tune.best([{"triton": math.inf}], ("triton",)) is None
+
+
+def test_two_kernels_of_a_call_are_tuned_one_by_one():
+    """What each saves is added up; what spills in 16 bits is not taken, however fast."""
+    queries, keys = ["attention_backward_queries", "k"], ["attention_backward_keys", "k"]
+    about = {"op": "attention", "shape": "a", "class": "bf16/backward/S256/D64", "dtype": "bf16"}
+    default = {**about, "backend": "triton", "asked": [queries, keys], "configuration": {}}
+    rows = [
+        {**about, "backend": "torch", "asked": [], "configuration": {}, "us": 97.0},
+        {**default, "us": 100.0, "spills": 0},
+        {**default, "asked": [queries], "configuration": {"block_m": 64}, "us": 93.0, "spills": 0},
+        {**default, "asked": [keys], "configuration": {"block_n": 64}, "us": 91.0, "spills": 0},
+        {**default, "asked": [keys], "configuration": {"block_n": 128}, "us": 80.0, "spills": 2},
+    ]
+    # A call that is differentiated is a forward pass too: of torch 1, of Triton 5.
+    for backend, us in (("torch", 1.0), ("triton", 5.0)):
+        forward = {**about, "class": "bf16/forward/S256/D64", "asked": [], "configuration": {}}
+        rows.append({**forward, "backend": backend, "us": us})
+    winners, configurations = tune.from_gpu(rows)
+    assert configurations == {
+        "attention_backward_queries": {"k": {"block_m": 64}},
+        "attention_backward_keys": {"k": {"block_n": 64}},
+    }
+    # 100 - 7 - 9 + 5 against 97 + 1, which either alone would not beat.
+    names = {"bf16/backward/S256/D64": "triton", "bf16/forward/S256/D64": "torch"}
+    assert winners == {"attention": names}
 
 
 def test_a_failing_measurement_says_what_it_was_of():

@@ -81,20 +81,22 @@ SHIPPED = (
     ("attention bf16 packed 128x3x256x64", "sm_90"),
     ("attention fp32 separate 32x1x1024x64", "sm_80"),
 )
+TUNED = "sm_90 bf16/backward/S1024/D256"
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """What the gate writes about each of `SHIPPED`: one process imports the compiler once."""
+    """What the gate writes about each of `SHIPPED`, and of `TUNED`: one process for all."""
     folder = tmp_path_factory.mktemp("reports")
     runs = [
         ["--arch", arch, "--only", call, "--jobs", "1", "--json", str(folder / f"{i}.json")]
         for i, (call, arch) in enumerate(SHIPPED)
     ]
+    runs.append(["--only", TUNED, "--jobs", "1", "--json", str(folder / f"{len(SHIPPED)}.json")])
     code = f"import sys, machine_code as gate; sys.exit(max(gate.main(run) for run in {runs}))"
     answer = compiled("-c", code, PYTHONPATH=str(BENCHMARKS))
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    return [json.loads((folder / f"{i}.json").read_text()) for i in range(len(SHIPPED))]
+    return [json.loads((folder / f"{i}.json").read_text()) for i in range(len(runs))]
 
 
 @pytest.mark.parametrize("number", range(len(SHIPPED)), ids=[call for call, _ in SHIPPED])
@@ -104,6 +106,19 @@ def test_shipped_kernels_pass(reports, number):
     assert {row["arch"] for row in rows} == {arch}
     assert all(any(call in text for text in row["calls"]) for row in rows)
     assert all(row["violations"] == [] for row in rows)
+
+
+def test_a_tuned_configuration_is_built_for_its_own_architecture(reports):
+    """In the place of the kernels' own choice, which is built for all."""
+    built = {}
+    for row in reports[-1]:
+        built.setdefault((row["kernel"], row["calls"][0] == TUNED), set()).add(row["arch"])
+        assert TUNED in row["calls"] and row["violations"] == []
+    assert built == {
+        ("forward_flash", True): {"sm_90"},
+        ("backward_queries", True): {"sm_90"},
+        ("backward_keys", False): {"sm_80", "sm_90", "sm_100"},
+    }
 
 
 def test_violations_end_with_exit_1():

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 import logging
 import subprocess
 import sys
@@ -282,12 +283,17 @@ def test_on_a_gpu_fp16_wins_where_bf16_does(monkeypatch):
     assert tuned.winner("group_norm", torch.device("cpu"), "nhwc/fp16/forward/20") is None
 
 
-def test_the_shipped_table_of_an_h100():
+def test_the_shipped_table_of_an_h200():
     """What was measured there, read as a network reads it."""
     winners = tuned.measured("sm_90")["winners"]
     assert set(winners["group_norm"].values()) == {"triton"}
-    for length, width, first in ((64, 64, "triton"), (256, 64, "torch"), (256, 8, "triton")):
-        for differentiable in (False, True):
+    for length, width, forward, backward in (
+        (64, 64, "triton", "triton"),
+        (256, 64, "torch", "triton"),
+        (256, 8, "triton", "triton"),
+        (1024, 64, "torch", "torch"),
+    ):
+        for differentiable, first in ((False, forward), (True, backward)):
             name = tuned.attention_class(torch.bfloat16, length, width, differentiable)
             assert winners["attention"][name] == first
     assert tuned.nearest("sm_100") == "sm_90"
@@ -359,6 +365,18 @@ def test_the_nearest_measured_architecture(arch, nearest, tmp_path, monkeypatch)
     for name in ("cpu-avx512", "sm_80", "sm_90"):
         (tmp_path / f"{name}.json").write_text('{"device": "a card"}')
     assert tuned.nearest(arch) == nearest
+
+
+def test_launch_configurations_are_those_of_their_own_architecture(tmp_path, monkeypatch):
+    """Blocks for 227 KiB of shared memory do not fit into the 99 KiB of another card."""
+    table = {"device": "a card", "winners": {}, "configurations": {"a": {"key": {"num_warps": 8}}}}
+    (tmp_path / "sm_90.json").write_text(json.dumps(table))
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    tuned.measured.cache_clear()
+    for arch, expected in (("sm_90", {"num_warps": 8}), ("sm_89", None), ("sm_100", None)):
+        monkeypatch.setattr(tuned, "architecture", lambda device, arch=arch: arch)
+        assert tuned.configuration("a", torch.device("cuda"), "key") == expected
+    tuned.measured.cache_clear()
 
 
 def test_env_says_what_was_measured(tmp_path, monkeypatch):
