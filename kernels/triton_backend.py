@@ -3,13 +3,14 @@
 On a CPU they run in Triton's interpreter, for tests, when TRITON_INTERPRET=1 is in the environment.
 """
 
+import functools
 import os
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from .tracing import torch_operators_only
+from .tracing import assume_constant_result, torch_operators_only
 
 _INSTALLED = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,9 +21,12 @@ def why_not(op: str, *arguments: Any) -> list[str]:
     if not _INSTALLED:
         return ["triton is not installed"]
     if not arguments:
-        if _INTERPRETED or torch.cuda.is_available():
+        if _INTERPRETED:
             return []
-        return ["there is no GPU, and TRITON_INTERPRET=1 is not set"]
+        if not torch.cuda.is_available():
+            return ["there is no GPU, and TRITON_INTERPRET=1 is not set"]
+        old = _too_old(op, torch.cuda.current_device())
+        return [] if old is None else [old]
     device = arguments[0].device.type
     if device != ("cpu" if _INTERPRETED else "cuda"):
         where = "the interpreter takes CPU tensors" if _INTERPRETED else "it takes CUDA tensors"
@@ -33,9 +37,28 @@ def why_not(op: str, *arguments: Any) -> list[str]:
         from . import triton_group_norm
 
         return triton_group_norm.why_not(*arguments)
+    if device == "cuda" and (old := _too_old(op, arguments[0].device.index)):
+        return [old]
     from . import triton_attention
 
     return triton_attention.why_not(op, *arguments)
+
+
+# Dynamo cannot trace the question; as a constant of the trace it costs no graph break.
+@assume_constant_result
+def _too_old(op: str, index: int) -> str | None:
+    """Say why a GPU is too old for `op`: Triton knows no tensor cores before Ampere's."""
+    if op == "group_norm" or torch.version.hip is not None:
+        return None
+    major, minor = _capability(index)
+    if major >= 8:
+        return None
+    return f"its products need tensor cores of compute capability 8.0, this GPU has {major}.{minor}"
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _group_norm(*arguments: Any, **options: Any) -> Any:

@@ -30,8 +30,8 @@ def why_not(x: Tensor, num_groups: int) -> list[str]:
     reasons = []
     if x.dtype == torch.float64:
         reasons.append("the kernels compute in fp32, x is fp64")
-    if x.numel() > 0 and x[0].numel() >= 2**31:
-        reasons.append(f"offsets within a sample are 32 bits wide, it has {x[0].numel()} elements")
+    if (elements := math.prod(x.shape[1:])) >= 2**31:
+        reasons.append(f"offsets within a sample are 32 bits wide, it has {elements} elements")
     if x.shape[1] // num_groups > MAX_GROUP:
         reasons.append(f"a group has more than {MAX_GROUP} channels: {x.shape[1] // num_groups}")
     return reasons

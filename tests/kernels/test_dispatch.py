@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from ddb_fast.kernels import (
@@ -19,6 +20,7 @@ from ddb_fast.kernels import (
     backends,
     dispatch,
     group_norm,
+    triton_backend,
     tuned,
     use_backend,
 )
@@ -377,6 +379,25 @@ def test_launch_configurations_are_those_of_their_own_architecture(tmp_path, mon
         monkeypatch.setattr(tuned, "architecture", lambda device, arch=arch: arch)
         assert tuned.configuration("a", torch.device("cuda"), "key") == expected
     tuned.measured.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "attends"), (((7, 5), False), ((8, 0), True), ((12, 0), True))
+)
+def test_triton_attends_on_tensor_cores_only(capability, attends, monkeypatch):
+    """Without them a product is a loop of fp32 FMAs, or is not done compiling after minutes."""
+    monkeypatch.setattr(triton_backend, "_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(triton_backend, "_capability", lambda index: capability)
+    with FakeTensorMode(), torch.device("cuda:0"):
+        q, x = torch.empty(2, 1, 64, 64, dtype=torch.float16), torch.empty(2, 64, 8, 8)
+        reasons = triton_backend.why_not("attention", q, q, q)
+        assert triton_backend.why_not("group_norm", x, 2) == []
+    old = "its products need tensor cores of compute capability 8.0, this GPU has 7.5"
+    assert reasons == ([] if attends else [old])
+    assert triton_backend.why_not("attention_qkv") == reasons
+    assert triton_backend.why_not("group_norm") == []
 
 
 def test_env_says_what_was_measured(tmp_path, monkeypatch):
