@@ -8,7 +8,8 @@ against the others, say which ratios are unusual: a share LEVEL of them lies bel
 image is flagged when its ratio is below that limit and the amplifier's features, too, differ no
 more between the two than between half of the training images and their nearest: a rare image with
 one relative stands alone in pixels as well. A generator that copies nothing is flagged at about
-LEVEL or less, where a class is large enough; images held out of training say what the share is.
+LEVEL or less, where a class is large enough; `chance` says how much more happens by chance, and
+images held out of training what likeness does.
 
 Copies that are mirrored, cropped or recoloured are not searched for, nor those of another class.
 """
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,6 +38,7 @@ SIDE = 32
 QUERIES, REAL = 2_000, 20_000
 """Images of a class that are compared, and real images that they are compared with, at most."""
 PAIRS = 50
+DRAWS = 10_000
 CHUNK = 2_048
 """Rows of a block of distances: 2 x 50 MB at 32 pixels."""
 BINS, WIDTH = 40, 0.1
@@ -68,6 +71,22 @@ def nearest(
         distances.append(best.clamp_min(0).sqrt())
         numbers.append(found)
     return torch.cat(distances), torch.cat(numbers)
+
+
+def chance(counts: Sequence[tuple[int, int, int]]) -> tuple[float, float]:
+    """(mean, 97.5 % quantile) of the share that is flagged where nothing is a copy.
+
+    counts: of each class the images compared, the rank r of its limit, and the n training images
+    that it is the r-th smallest ratio of. All images of a class share that limit, which is a chance
+    find itself: of n + 1 alike images the share below it is Beta(r, n + 1 - r), so that a small
+    class may have many at once. From DRAWS draws, always the same.
+    """
+    generator, flagged = np.random.default_rng(0), np.zeros(DRAWS)
+    for compared, rank, n in counts:
+        flagged += generator.binomial(compared, generator.beta(rank, n + 1 - rank, DRAWS))
+    total = sum(compared for compared, _, _ in counts)
+    mean = sum(compared * rank / (n + 1) for compared, rank, n in counts) / total
+    return mean, float(np.quantile(flagged, 0.975, method="higher")) / total
 
 
 class _Compared(NamedTuple):
@@ -160,9 +179,10 @@ def check_memorisation(
     different sizes.
 
     Returns, shares as fractions of 1:
-    {"level": LEVEL, "expected_share": of a generator that copies nothing, about this or less; None
-     where nothing could be compared, "excess": whether "generated" is above "held_out" (without
-     one: above expected_share) beyond chance, that is, the intervals are apart,
+    {"level": LEVEL, "expected_share", "chance_share": mean and upper bound of a generator that
+     copies nothing (see `chance`), None where nothing could be compared, "excess": whether
+     "generated" is above that bound and above "held_out", where there is one, with intervals
+     apart; None where they are not, for want of images held out,
      "generated", "held_out": {"split", "total", "compared", "flagged", "share", "low", "high"},
      low and high the 95 % Wilson interval; held_out is None where there is none,
      "real": {"total", "compared", "duplicates": repeated pixel for pixel, "left_out": beyond REAL
@@ -188,7 +208,7 @@ def check_memorisation(
         for kind in ("ratio", "feature")
     }
     real = {"total": len(train), "compared": 0, "duplicates": 0, "left_out": 0}
-    skipped, pairs, expected = [], [], 0.0
+    skipped, pairs, sizes = [], [], []
     for label, name in enumerate(classes):
         members = (y == label).nonzero()[:, 0]
         distinct = members[_distinct(_pixels(train[members]))]
@@ -215,7 +235,7 @@ def check_memorisation(
             counts[kind]["compared"] += len(flagged)
             counts[kind]["flagged"] += int(flagged.sum())
             if kind == "generated":
-                expected += len(flagged) * rank / (len(own.index) + 1)
+                sizes.append((len(flagged), rank, len(own.index)))
                 pairs += _pairs(compared, flagged, limits, name, paths)
     result = {kind: _shares(count) for kind, count in counts.items()}
     generated, control = result["generated"], result.get("held_out")
@@ -223,12 +243,16 @@ def check_memorisation(
     if control is not None:
         control |= {"split": held_out[0], "total": len(held_out[2])}
         control = control if control["compared"] else None
-    expected = expected / generated["compared"] if generated["compared"] else None
-    usual = expected if control is None else control["high"]
+    expected, most = chance(sizes) if sizes else (None, None)
+    excess: bool | None = most is not None and generated["share"] > most
+    if excess and control is not None and generated["low"] <= control["high"]:
+        # What is like the training images without being copies may explain it.
+        excess = None if generated["low"] > control["share"] else False
     return {
         "level": LEVEL,
         "expected_share": expected,
-        "excess": expected is not None and generated["low"] > usual,
+        "chance_share": most,
+        "excess": excess,
         "generated": generated,
         "held_out": control,
         "real": real,

@@ -158,6 +158,44 @@ def test_fresh_images_are_flagged_no_more_often_than_stated():
     assert 0 < flagged <= 107 + 3 * 107**0.5
 
 
+def test_chance_is_what_exchangeable_images_give():
+    """Against counting: of n + m ratios alike, how many of the m are below the r-th of the n."""
+    generator = np.random.default_rng(1)
+    counts = ((100, 1, 12), (100, 1, 12), (200, 9, 900))
+    flagged = np.zeros(4000)
+    for compared, rank, n in counts:
+        alike = generator.random((4000, n + compared))
+        limits = np.sort(alike[:, :n], 1)[:, rank - 1]
+        flagged += (alike[:, n:] < limits[:, None]).sum(1)
+    mean, most = memorisation.chance(counts)
+    assert mean == pytest.approx(flagged.mean() / 400, rel=0.05)
+    assert most == pytest.approx(np.quantile(flagged, 0.975) / 400, rel=0.05)
+    assert memorisation.chance(counts) == (mean, most), "always the same draws"
+
+
+@pytest.mark.parametrize("held_out", (False, True))
+def test_small_classes_are_no_copies(held_out):
+    """A large class and two of a dozen images, as many generated of each: chance, not copying."""
+    found = []
+    for seed in range(6):
+        (train, y), (shown, labels) = drawn(TRAINED, seed), drawn(FRESH, 100 + seed)
+        kept = (y == 0) | (torch.arange(TRAINED) < 36)
+        fresh, of = drawn(FRESH, 200 + seed)
+        # Held out as the classes are: mostly of the large one.
+        few = (of == 0) | (torch.arange(FRESH) < 12)
+        control = ("val", fresh[few], of[few]) if held_out else None
+        # Features that tell nothing leave it to the pixels.
+        found.append(
+            checked(
+                shown, labels, real=(train[kept], y[kept]), held_out=control,
+                features=lambda images: torch.zeros(len(images), 1),
+            )
+        )  # fmt: skip
+    assert sum(answer["excess"] is not False for answer in found) <= 1
+    shares = [answer["generated"]["low"] > answer["expected_share"] for answer in found]
+    assert any(shares), "an interval that counts each image by itself would call this copying"
+
+
 def test_images_without_variety_are_no_copies():
     """Halfway to the class's mean they are nearer to real images than those are to each other."""
     shown, labels = drawn(FRESH, 2, spread=0.5)

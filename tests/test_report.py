@@ -185,10 +185,13 @@ def memorised(paths, *, flagged=0, held_out=(1, 200), low=0.2):
         interval = wilson_interval(odd, n)
         control = {"split": "val", "total": n, "compared": n, "flagged": odd, "share": odd / n,
                    "low": interval[0], "high": interval[1]}  # fmt: skip
-    usual = control["high"] if control else 0.01
+    excess = flagged / 30 > 0.05
+    if excess and control and low <= control["high"]:
+        excess = None
     bins = {"train": [0, 3, 2], "generated": [2, 1, 0], "held_out": [0, 1, 1]}
     return {
-        "level": 0.01, "expected_share": 0.01, "excess": low > usual, "generated": counts,
+        "level": 0.01, "expected_share": 0.01, "chance_share": 0.05, "excess": excess,
+        "generated": counts,
         "held_out": control, "side": 16, "classes_skipped": [CLASSES[2]], "pairs": pairs, "bin":
         0.1, "real": {"total": 60, "compared": 58, "duplicates": 2, "left_out": 0},
         "histograms": {"ratio": bins, "feature": bins},
@@ -389,7 +392,7 @@ def test_what_is_said_of_copies_depends_on_the_control(tmp_path, monkeypatch):
     assert "some of these are copies" in said(flagged=15, held_out=None)
     nothing = memorised(paths, held_out=None)
     nothing["generated"] |= {"share": None, "low": None, "high": None, "compared": 0}
-    nothing |= {"pairs": [], "expected_share": None, "excess": False}
+    nothing |= {"pairs": [], "expected_share": None, "chance_share": None, "excess": False}
     text, _ = written(tmp_path, config, data, results_of(memorisation=nothing))
     assert "That could not be looked at" in text
 
