@@ -130,8 +130,9 @@ class Selection:
     """Looks at a network while it trains and keeps the weights that look best.
 
     score(network) -> named figures, higher is better; `by` names the one that decides. `times`
-    looks are spread evenly over the training, the last after its last step. NaN is never best, of
-    equals the first stays. `curve` has a row a look: {"images": n, **figures}.
+    looks are spread evenly over the training, the last after its last step. NaN is never best. Of
+    equals the last stays: a figure that tells nothing, a worst group of four images at 0, must not
+    end a training when it has hardly begun. `curve` has a row a look: {"images": n, **figures}.
     """
 
     def __init__(self, score: Callable[[nn.Module], dict[str, float]], *, by: str, times: int):
@@ -147,7 +148,7 @@ class Selection:
     def images(self) -> int | None:
         """After how many images the best look was; None where none had a figure."""
         rows = [row for row in self.curve if not math.isnan(row[self._by])]
-        return max(rows, key=lambda row: row[self._by])["images"] if rows else None
+        return max(rows, key=lambda row: (row[self._by], row["images"]))["images"] if rows else None
 
     def look(self, network: nn.Module, images: int) -> None:
         network.eval()
