@@ -109,20 +109,9 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
         if name not in ("config", "dry_run", "profile", "command") and value is not None
     }
     config = with_fields(load_config(arguments.config), given)
-    ignored = sorted(n for n in given if n.startswith("diffusion.") and n != "diffusion.load")
-    if ignored and config.diffusion.load is not None:
-        raise ValueError(f"{', '.join(ignored)}: --diffusion brings a generator as it was trained")
-    # Images that are brought are fitted to diffusion.image_size.
-    ignored = sorted(
-        name
-        for name in given
-        if name.startswith(("diffusion.", "sampling."))
-        and name not in ("sampling.load", "diffusion.image_size")
-    )
-    if ignored and config.sampling.load is not None:
-        raise ValueError(f"{', '.join(ignored)}: --synthetic brings images, nothing is generated")
     if "pseudo_labels.load" in given and config.pseudo_labels.load and not config.scored:
         raise ValueError("--scores: none of the methods goes by scores")
+    _refuse_unread(given, config)
     if config.data.path is not None and config.data.source == "digits":
         if "data.source" in given or "data.path" not in given:
             raise ValueError("data.source digits is embedded and takes no data.path")
@@ -132,6 +121,25 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
     if config.data.path is None and config.data.source != "digits" and not arguments.dry_run:
         raise ValueError(f"preset {config.preset}: say which images with --data PATH")
     return config
+
+
+def _refuse_unread(given: Collection[str], config: RunConfig) -> None:
+    """Refuse with ValueError fields that nothing looks at, beside what replaces their stage."""
+    generator, images = ("diffusion.",), ("diffusion.", "sampling.")
+    scores = (*images, "amplifier.", "pseudo_labels.")
+    if any(method.startswith("real-amplifier") for method in config.methods):
+        scores = images
+    for load, prefixes, told in (
+        ("diffusion.load", generator, "--diffusion brings a generator as it was trained"),
+        ("sampling.load", images, "--synthetic brings images, nothing is generated"),
+        ("pseudo_labels.load", scores, "--scores brings scores as they are"),
+    ):
+        section, name = load.split(".")
+        # Images are fitted to diffusion.image_size whoever made them.
+        read = {load} if load == "diffusion.load" else {load, "diffusion.image_size"}
+        unread = sorted(n for n in given if n.startswith(prefixes) and n not in read)
+        if unread and getattr(getattr(config, section), name) is not None:
+            raise ValueError(f"{', '.join(unread)}: {told}")
 
 
 def check_takes_rho(source: str, option: str) -> None:

@@ -316,7 +316,8 @@ def _figures(
     drawn: dict[str, Any] = {"missing": None}
     if scores is not None:
         threshold = config.pseudo_labels.gamma
-        if config.pseudo_labels.filter != "threshold":
+        # Scores that were brought were flagged elsewhere, by whatever rule.
+        if config.pseudo_labels.filter != "threshold" or config.pseudo_labels.load is not None:
             threshold = None
         drawn["scores"] = figures.scores(
             scores.score.numpy(), scores.conflicting.numpy(), threshold

@@ -167,11 +167,11 @@ def test_stage_fields_change_only_what_depends_on_them():
 
 
 def test_options_reach_fields():
-    argv = "tiny --data photos --out here --methods erm ddb-ii --seeds 3 4 --diffusion.lr 1e-5"
+    argv = "tiny --data photos --out here --methods erm ddb-ii --seeds 3 4 --classifier.lr 1e-5"
     config, dry, _ = parse_run([*argv.split(), "--scores", "own", "--dry-run"], prog="x")
     assert dry
     assert (config.data.path, config.out, config.pseudo_labels.load) == ("photos", "here", "own")
-    assert (config.methods, config.seeds, config.diffusion.lr) == (("erm", "ddb-ii"), (3, 4), 1e-5)
+    assert (config.methods, config.seeds, config.classifier.lr) == (("erm", "ddb-ii"), (3, 4), 1e-5)
 
 
 def test_data_given_to_the_embedded_preset_is_read():
@@ -194,8 +194,12 @@ def test_fields_of_a_generator_that_is_brought_are_refused(capsys):
         ("--synthetic own --sampling.steps 5", "sampling.steps: --synthetic"),
         ("--scores s.csv --methods erm lff", "--scores: none of the methods goes by scores"),
         ("--scores s.csv --methods real-amplifier-i", "--scores: none of the methods"),
+        ("--scores s.csv --pseudo_labels.gamma 9", "pseudo_labels.gamma: --scores brings scores"),
+        ("--scores s.csv --amplifier.images 9 --synthetic own",
+         "amplifier.images, sampling.load: --scores brings scores"),
+        ("--scores s.csv --diffusion gen", "diffusion.load: --scores brings scores"),
     ],
-)
+)  # fmt: skip
 def test_options_that_nothing_would_look_at_are_refused(capsys, words, told):
     with pytest.raises(SystemExit) as stop:
         parse_run(["digits", *words.split()], prog="x")
@@ -210,6 +214,9 @@ def test_images_of_ones_own_are_fitted_to_the_size_asked_for_and_scores_go_with_
     for methods in ("none", "erm ddb-i"):
         words = f"digits --scores s.csv --methods {methods}"
         assert parse_run(words.split(), prog="x")[0].pseudo_labels.load == "s.csv"
+    # Which trains an amplifier and judges what it sees, here.
+    words = "digits --scores s.csv --methods ddb-i real-amplifier-i --pseudo_labels.gamma 9"
+    assert parse_run(words.split(), prog="x")[0].pseudo_labels.gamma == 9
 
 
 def test_help_says_what_every_field_takes():

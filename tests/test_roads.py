@@ -41,6 +41,8 @@ def run(*argv, **changes):
     fields = SHORT | {k.replace("__", "."): v for k, v in changes.items()}
     if "--synthetic" in words:
         fields = small.without_generator(fields)
+    if "--scores" in words:
+        fields = {k: v for k, v in small.without_generator(fields).items() if "amplifier." not in k}
     for name, value in fields.items():
         words += [f"--{name}", *value.split()]
     AcceleratorState._reset_state(reset_partial_state=True)
