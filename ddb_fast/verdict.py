@@ -137,8 +137,9 @@ def sentences(verdict: Verdict, count: int) -> list[str]:
     return [
         f"A bias was found: {odd} of {count} training images ({100 * odd / count:.1f} %) are at "
         "odds with what most images of their class look like.",
-        "Networks that learnt from generated images alone take them for another class, and a "
-        f"network trained on the real images agrees in {share:.0f} % of all such errors.",
+        "Two networks that learnt from generated images alone take them for the same other class. "
+        f"Of all images on which either errs, both do alike on {share:.0f} % and a network trained "
+        "on the real images too.",
         "Wrong labels look the same, and so do classes that cannot be told apart in some images: "
         "look at them before you act.",
     ]
