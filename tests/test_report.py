@@ -246,6 +246,20 @@ def test_the_worst_class_comes_first_with_the_extreme_images(tmp_path):
     assert "4 of 20 training images flagged" in shown[0].all("p")[0]["text"]
 
 
+def test_of_what_flagged_images_look_like_the_rest_is_counted(tmp_path):
+    config, data = planted(tmp_path, classes="abcdef")
+    table = tmp_path / "amplifier" / "scores.csv"
+    # The flagged ones of class a, numbers 16 to 19, are taken for b, c, d and e.
+    rows = [row.split(",") for row in table.read_text().splitlines()]
+    for number in range(16, 20):
+        rows[1 + number][4] = str(number - 15)
+    table.write_text("\n".join(",".join(row) for row in rows) + "\n")
+    text, _ = written(tmp_path, config, data)
+    first, second = (part.all("p")[0]["text"] for part in sections(text)[:2])
+    assert first.endswith("; they look like b (1), c (1), d (1) and others (1)")
+    assert second.endswith("; they look like c (1), d (1)")
+
+
 def test_what_is_taken_for_what_is_listed_the_most_frequent_first(tmp_path):
     config, data = planted(tmp_path)
     text, _ = written(tmp_path, config, data)
