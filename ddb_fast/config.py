@@ -77,7 +77,7 @@ class DataConfig:
     """Share of the training images held out where the data names no validation split: folder, csv,
     bar, colored-mnist (published without one: 0). Other sources do not look at it."""
     test_share: float = 0.2
-    """Share of all images held out where a folder or csv names no test split."""
+    """Share of the training images held out where a folder or csv names no test split."""
     corrupt: Literal["error", "skip"] = "error"
     """What an unreadable image does to the run."""
 
