@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .tracing import batched
 
 
 class Fused(NamedTuple):
@@ -38,7 +39,8 @@ def empty_like_tokens(b: int, h: int, s: int, d: int, like: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
+    # Without elements, every tensor calls itself contiguous.
+    return x if x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _apart(q: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int) -> tuple[Tensor, ...]:
@@ -97,7 +99,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> Any:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(do):
             grads = _differentiable(ctx, do)
         else:
             grads = _backward(ctx.fused, do, *ctx.saved_tensors, ctx.num_heads, ctx.scale)
@@ -105,7 +107,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _differentiable(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients once more from the reference, as a graph: for second derivatives."""
+    """The gradients once more from the reference: as a graph, or for a batch of them."""
     q, k, v, _, _ = ctx.saved_tensors
 
     def o(q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .tracing import batched
 
 
 class Gradients(NamedTuple):
@@ -81,7 +82,7 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, d_sum: Tensor | None = None) -> Any:
         _, _, _, need_x, need_residual, *needs, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(dy):
             dx, *others = _differentiable(ctx, dy, (need_x, *needs))
         else:
             s, pre_bias, weight, bias, scale, shift, seed, mean, rstd = ctx.saved_tensors
@@ -96,12 +97,12 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def _differentiable(ctx: Any, dy: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients once more from the reference, as a graph: for second derivatives."""
+    """The gradients once more from the reference: as a graph, or for a batch of them."""
     if ctx.kept_sum:
         # What was kept is no operand: nothing leads from it to x and the residual.
         raise RuntimeError(
-            "group_norm with a residual or return_sum has no second derivatives in this backend; "
-            'backend="torch" has'
+            "group_norm with a residual or return_sum has no second derivatives and no batched "
+            'backward in this backend; backend="torch" has'
         )
     x, pre_bias, weight, bias, scale, shift, seed, _, _ = ctx.saved_tensors
     num_groups, eps, silu, dropout_p, _ = ctx.options

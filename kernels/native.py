@@ -32,7 +32,7 @@ def why_not(op: str, *arguments: Any) -> list[str]:
         return [f"the C++ operators run on CPUs, not on {x.device.type}"]
     if x.dtype == torch.float64 and op != "group_norm":
         return ["the C++ attention computes in fp32, these tensors are fp64"]
-    return torch_operators_only()
+    return torch_operators_only(x)
 
 
 # A constant of the trace: torch.compile cannot trace the loading of a library.

@@ -4,10 +4,14 @@ Every backend's group_norm sees x as (N, C, H, W), contiguous or channels_last, 
 layout, so each refuses the same arguments and none has to know of other shapes.
 """
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .dispatch import choose
+from .tracing import transforming
 
 MAX_HEAD_DIM = 256
 
@@ -53,7 +57,11 @@ def group_norm(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run this.
     """
+    num_groups = _integer("num_groups", num_groups)
     _check_group_norm(x, num_groups, weight, bias, pre_bias, scale, shift, residual)
+    eps = _number("eps", eps)
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
     if activation is not None and activation != "silu":
         raise ValueError(f'activation must be None or "silu", got {activation!r}')
     if not 0 <= dropout_p < 1:
@@ -65,7 +73,10 @@ def group_norm(
     if x.dim() != 4:
         x = _as_image(x)
         residual = None if residual is None else _as_image(residual)
-    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+    if transforming():
+        # Of a batch of tensors no other layout can be asked.
+        x = x.contiguous()
+    elif not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         channels_last = x.stride(1) == 1 and shape[1] > 1
         x = x.contiguous(
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
@@ -120,6 +131,7 @@ def attention(
     expected = (b, h, k.shape[2], d)
     _check("k", k, expected, (q.dtype,), q.device)
     _check("v", v, expected, (q.dtype,), q.device)
+    scale = None if scale is None else _number("scale", scale)
     return choose("attention", backend, q, k, v)(q, k, v, scale=scale)
 
 
@@ -139,12 +151,14 @@ def attention_qkv(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run this.
     """
+    num_heads = _integer("num_heads", num_heads)
     if qkv.dim() != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(
             f"qkv must be (B, S, 3 * num_heads * D) with num_heads >= 1, got shape "
             f"{tuple(qkv.shape)} and num_heads {num_heads}"
         )
     _check_attention(qkv, qkv.shape[1], qkv.shape[2] // (3 * num_heads))
+    scale = None if scale is None else _number("scale", scale)
     return choose("attention_qkv", backend, qkv, num_heads)(qkv, num_heads, scale=scale)
 
 
@@ -205,6 +219,25 @@ def _check(
         raise ValueError(f"{name} must be {names}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def _integer(name: str, value: Any) -> int:
+    """Of whatever type, as numpy's; kernels and compilers take Python's own."""
+    if type(value) is int:
+        return value
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) is float:
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
 
 
 def _as_image(x: Tensor) -> Tensor:

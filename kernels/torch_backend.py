@@ -110,11 +110,16 @@ def _group_norm(
         # Without an fp32 parameter the statistics would be kept for the backward in half precision.
         # And the backward of torch's channels_last takes no bias without a weight.
         weight = x.new_ones(x.shape[1], dtype=dtype)
+    memory_format = reference.layout(x)
+    channels_last = x.device.type == "cpu" and memory_format is torch.channels_last
+    if channels_last and torch.is_grad_enabled() and not x.requires_grad:
+        # The backward of torch's kernel for it ends the process where x needs no gradient.
+        x = x.contiguous()
     # Not F.group_norm, which refuses one element per channel.
     with reference.no_autocast(x.device):
         y = torch.group_norm(x, num_groups, _cast(weight, dtype), _cast(bias, dtype), eps)
     # A copy only on CUDA, whose kernel reads and writes NCHW alone up to torch 2.13.
-    return y.contiguous(memory_format=reference.layout(x))
+    return y.contiguous(memory_format=memory_format)
 
 
 def _parameter_dtype(x: Tensor) -> torch.dtype:

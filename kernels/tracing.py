@@ -20,16 +20,30 @@ def assume_constant_result(function: F) -> F:
 
 
 _transform, _trace = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_is_batch = torch._C._functorch.is_legacy_batchedtensor
 
 
-def torch_operators_only() -> list[str]:
+def transforming() -> bool:
+    """Whether a transform of torch.func is going on, which a compiler does not have to be asked."""
+    return not torch.compiler.is_compiling() and _transform() is not None
+
+
+def batched(dy: torch.Tensor | None) -> bool:
+    """Whether a backward was given a batch of gradients, by torch.func or `is_grads_batched`."""
+    return _transform() is not None or (dy is not None and _is_batch(dy))
+
+
+def torch_operators_only(x: torch.Tensor) -> list[str]:
     """Say what is going on that needs torch's own operators; kernels would be left out unseen."""
     if torch.compiler.is_compiling():
         return []
+    plain = type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
     # One question for all, as every call asks it.
-    if _transform() is None and forward_ad._current_level < 0 and _trace() is None:
+    if plain and _transform() is None and forward_ad._current_level < 0 and _trace() is None:
         return []
     reasons = []
+    if not plain:
+        reasons.append(f"a {type(x).__name__} sees torch's own operators only")
     if _transform() is not None:
         reasons.append("the transforms of torch.func see through torch's own operators only")
     if forward_ad._current_level >= 0:

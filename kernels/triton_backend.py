@@ -31,7 +31,7 @@ def why_not(op: str, *arguments: Any) -> list[str]:
     if device != ("cpu" if _INTERPRETED else "cuda"):
         where = "the interpreter takes CPU tensors" if _INTERPRETED else "it takes CUDA tensors"
         return [f"{where}, this one is on {device}"]
-    if reasons := torch_operators_only():
+    if reasons := torch_operators_only(arguments[0]):
         return reasons
     if op == "group_norm":
         from . import triton_group_norm

@@ -133,6 +133,9 @@ def test_an_empty_batch(backend):
     assert o.shape == (0, 2, 4, 8)
     assert torch.autograd.grad(o.sum(), q)[0].shape == q.shape
     assert attention_qkv(torch.randn(0, 4, 48), 2, backend=backend).shape == (0, 4, 16)
+    # Every second element of nothing.
+    sliced = [torch.randn(0, 2, 3, 16)[..., ::2]] * 3
+    assert attention(*sliced, backend=backend).shape == (0, 2, 3, 8)
 
 
 @doubles

@@ -4,10 +4,13 @@ import asyncio
 import functools
 import json
 import logging
+import math
+import re
 import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -390,6 +393,7 @@ def test_triton_attends_on_tensor_cores_only(capability, attends, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(triton_backend, "_capability", lambda index: capability)
+    monkeypatch.setattr(triton_backend, "torch_operators_only", lambda x: [])
     with FakeTensorMode(), torch.device("cuda:0"):
         q, x = torch.empty(2, 1, 64, 64, dtype=torch.float16), torch.empty(2, 64, 8, 8)
         reasons = triton_backend.why_not("attention", q, q, q)
@@ -456,3 +460,85 @@ def test_transforms_get_torchs_own_operators(op, enabled):
     if not dispatch.native.why_not(op):
         with use_backend(**{op: "native"}), pytest.raises(ValueError, match="own operators"):
             torch.func.grad(squares(ours))(x)
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+def test_transforms_of_batches_and_layouts(layout):
+    """Ensembles and gradients of each sample, of a batch dimension anywhere."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 2, 8, 4, 5), torch.randn(3, 8)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+
+    def ours(x, weight):
+        return group_norm(x.contiguous(memory_format=layout), 2, weight, activation="silu")
+
+    def plain(x, weight):
+        return F.silu(F.group_norm(x, 2, weight))
+
+    if layout is torch.contiguous_format:
+        # torch's own `contiguous` knows no other layout in there.
+        close(torch.func.vmap(ours)(x, weight), torch.func.vmap(plain)(x, weight))
+        across = torch.func.vmap(lambda x: group_norm(x, 2), in_dims=2)(x.transpose(0, 2))
+        close(across, torch.func.vmap(lambda x: F.group_norm(x, 2))(x.transpose(1, 2).mT.mT))
+    module = torch.nn.Conv2d(8, 8, 1).to(memory_format=layout)
+
+    def loss(f, parameters, x):
+        return f(torch.func.functional_call(module, parameters, (x[None],)), weight[0]).sum()
+
+    parameters, norm = dict(module.named_parameters()), lambda x, w: group_norm(x, 2, w)
+    each = torch.func.vmap(torch.func.grad(functools.partial(loss, norm)), in_dims=(None, 0))
+    truth = torch.func.grad(functools.partial(loss, lambda x, w: F.group_norm(x, 2, w)))
+    for number, found in enumerate(each(parameters, x[0])["weight"]):
+        close(found, truth(parameters, x[0, number])["weight"])
+
+
+@pytest.mark.parametrize("op", ("group_norm", "attention"))
+def test_a_batch_of_gradients_goes_backward(op):
+    """Jacobians by one backward, of a forward pass that knew nothing of it."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 5, 8).to(memory_format=torch.channels_last)
+
+    def ours(x):
+        if op == "group_norm":
+            return group_norm(x, 1, torch.arange(2.0), activation="silu")
+        return attention(x, 2 * x, x)
+
+    jacobian = torch.autograd.functional.jacobian
+    torch.testing.assert_close(jacobian(ours, x, vectorize=True), jacobian(ours, x))
+    y = ours(x.requires_grad_())
+    batch = torch.randn(3, *y.shape)
+    (found,) = torch.autograd.grad(y, x, batch, retain_graph=True, is_grads_batched=True)
+    for one, dy in zip(found, batch, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(y, x, dy, retain_graph=True)[0])
+
+
+def test_fake_tensors_get_torchs_own_operators():
+    """Their shapes are found out without computing anything, outside of torch.compile too."""
+    x, q = torch.randn(2, 4, 3, 3), torch.randn(1, 2, 3, 4)
+    with FakeTensorMode() as mode:
+        y = group_norm(mode.from_tensor(x), 2, activation="silu")
+        o = attention(*[mode.from_tensor(q)] * 3)
+    assert (y.shape, o.shape) == (x.shape, q.shape)
+    assert type(y) is type(o) is not torch.Tensor
+
+
+@pytest.mark.parametrize("backend", ("reference", "torch", "native"))
+def test_numbers_of_any_kind(backend):
+    """numpy's and a tensor's are taken, what is no number is one ValueError from every backend."""
+    if dispatch.BACKENDS[0].why_not("group_norm") and backend == "native":
+        pytest.skip("the C++ operators were not built")
+    norm = functools.partial(group_norm, X, backend=backend)
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+    close(norm(np.int64(2), eps=torch.tensor(0.5)), norm(2, eps=0.5))
+    scaled = functools.partial(attention, Q, Q, Q, backend=backend)
+    close(scaled(scale=np.float32(0.5)), scaled(scale=0.5))
+    for call, told in (
+        (lambda: norm(2.0), "num_groups must be an integer, got 2.0"),
+        (lambda: norm(2, eps=None), "eps must be a number, got None"),
+        (lambda: norm(2, eps=-1), "eps must not be negative, got -1.0"),
+        (lambda: norm(2, eps=math.nan), "eps must not be negative, got nan"),
+        (lambda: scaled(scale="x"), "scale must be a number, got 'x'"),
+        (lambda: attention_qkv(Q[0].repeat(1, 1, 3), 2.0), "num_heads must be an integer, got 2.0"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            call()

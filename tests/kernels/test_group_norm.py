@@ -549,3 +549,30 @@ def test_refusals(backend):
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             group_norm(**arguments, backend=backend)
+
+
+@pytest.mark.parametrize("names", (("weight",), ("bias",), ("weight", "bias")))
+def test_parameters_learn_where_x_needs_no_gradient(names):
+    """In channels_last the backward of torch's own CPU kernel ends the process then."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 3, 4)
+    parameters = {name: torch.randn(8, requires_grad=True) for name in names}
+    truth = torch.autograd.grad(
+        F.group_norm(x, 2, **{"weight": torch.ones(8), **parameters}).square().sum(),
+        list(parameters.values()),
+    )
+    y = group_norm(
+        x.contiguous(memory_format=torch.channels_last), 2, **parameters, backend="torch"
+    )
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    found = torch.autograd.grad(y.square().sum(), list(parameters.values()))
+    torch.testing.assert_close(found, truth)
+
+
+@backends
+def test_a_dropped_element_passes_nothing_back(backend):
+    """A loss scale may overflow there: inf times a mask of 0 would be NaN."""
+    x = torch.randn(2, 8, 3, 4).half().requires_grad_()
+    y = group_norm(x, 2, dropout_p=0.5, seed=torch.tensor(0), backend=backend)
+    (dx,) = torch.autograd.grad(y, x, torch.where(y == 0, 4e4, 1.0).half())
+    assert dx.isfinite().all() and dx.any()
