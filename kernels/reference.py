@@ -111,9 +111,9 @@ def pack(o: Tensor) -> Tensor:
 def dropout(y: Tensor, p: float, seed: Tensor) -> Tensor:
     """Zero the elements that `dropout_mask` does not keep and scale the others."""
     threshold, scale = dropout_constants(p)
+    keep = random_halves(seed, y.shape) >= threshold
     # No product with 0: that of a gradient which overflowed would be NaN.
-    # In place, which keeps the layout.
-    return (y * scale).masked_fill_(random_halves(seed, y.shape) < threshold, 0.0)
+    return torch.where(keep.contiguous(memory_format=layout(y)), y * scale, 0.0)
 
 
 def dropout_constants(p: float) -> tuple[int, float]:
