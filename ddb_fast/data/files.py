@@ -41,27 +41,72 @@ def read_table(
 ) -> list[tuple[str, Row]]:
     """The rows of a CSV in UTF-8, each with the words "TABLE line N" for what is wrong with it.
 
-    ValueError if a column is missing, for what is no CSV, and for a table without rows.
+    A row that is too short has None in the columns that it lacks. ValueError for a column that is
+    missing or there twice, a row with more values than columns, a quote that is left open, what is
+    no CSV, and a table without rows.
     """
     if not table.is_file():
         raise ValueError(f"{table}: no such file")
+    names: list[str] = []
+    rows: list[tuple[str, Row]] = []
+    begin = 1
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            found = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            for column in columns:
-                if column not in found:
-                    also = f" and optionally {', '.join(optional)}" if optional else ""
+            reader = csv.reader(file, strict=True)
+            for cells in reader:
+                where, begin = f"{table} line {reader.line_num}", reader.line_num + 1
+                if not cells:
+                    continue
+                if not names:
+                    names = [name.strip() for name in cells]
+                    _check_columns(table, names, columns, optional)
+                elif "".join(cells[len(names) :]).strip():
                     raise ValueError(
-                        f"{table}: no column `{column}`; needs {', '.join(columns)}{also}, "
-                        f"found {', '.join(found) or 'nothing'}"
+                        f"{where}: {len(cells)} values for {len(names)} columns; put a value that "
+                        "holds a comma in quotes"
                     )
-            rows = [(f"{table} line {reader.line_num}", row) for row in reader]
-    except (csv.Error, UnicodeDecodeError) as error:
+                else:
+                    cells += [None] * (len(names) - len(cells))
+                    row = dict(zip(names, cells, strict=False))
+                    _check_breaks(where, row)
+                    rows.append((where, row))
+    except csv.Error as error:
+        raise ValueError(
+            f"{table} line {begin}: not a CSV ({error}); close every quote, and double one inside"
+        ) from None
+    except UnicodeDecodeError as error:
         raise ValueError(f"{table}: not a CSV in UTF-8 ({error})") from None
+    if not names:
+        _check_columns(table, names, columns, optional)
     if not rows:
         raise ValueError(f"{table}: no rows below the column names")
     return rows
+
+
+def _check_columns(
+    table: Path, found: Sequence[str], needed: Sequence[str], optional: Sequence[str]
+) -> None:
+    for column in needed:
+        if column not in found:
+            also = f" and optionally {', '.join(optional)}" if optional else ""
+            raise ValueError(
+                f"{table}: no column `{column}`; needs {', '.join(needed)}{also}, "
+                f"found {', '.join(found) or 'nothing'}"
+            )
+    for column in (*needed, *optional):
+        if found.count(column) > 1:
+            raise ValueError(f"{table}: column `{column}` is there twice; keep one of the two")
+
+
+def _check_breaks(where: str, row: Row) -> None:
+    """Refuse a value of several lines: after a quote that is left open, rows are part of it."""
+    for column, value in row.items():
+        # Names of files may hold anything, and there is no file of a name that has swallowed rows.
+        if column != "path" and value is not None and ("\n" in value or "\r" in value):
+            raise ValueError(
+                f"{where}: {column} holds a line break; close the quote that is open, or leave the "
+                "break out"
+            )
 
 
 def integer(where: str, row: Row, column: str, *, below: int | None = None) -> int:

@@ -212,6 +212,11 @@ def test_all_columns(tmp_path):
     assert listing.read(3).size == (3, 2)
 
 
+def test_lines_and_cells_without_anything_in_them_are_passed_over(tmp_path):
+    text = "\n\npath,y,,\n\na.png,0,,\nb.png,1,,,\n\n"
+    assert list_csv(table(tmp_path, text)).paths == ("a.png", "b.png")
+
+
 def test_wilds_numbers_its_splits(tmp_path):
     names = [f"{i}.png" for i in range(6)]
     rows = [f"{name},{i % 2},{i // 2}" for i, name in enumerate(names)]
@@ -251,7 +256,13 @@ def test_a_csv_without_splits_is_held_out_like_a_folder(tmp_path):
         ("path,y,split\na.png,0,train\nb.png,1,test\n", ["class 1 has no training images"]),
         ("path,y\na.png,0\n./a.png,1\n", ["a.png is listed twice"]),
         ("path,y\na.png,0\nb.png,0\n", ["only one class, 0"]),
-        ('path,y\na.png,0\n"b.png,1\n', ["line 3"]),
+        ('path,y\na.png,0\n"b.png,1\n', ["line 3", "quote"]),
+        ('path,y,x\na.png,0,"?\nb.png,1,\nc.png,1,"ok"\n', ["line 2", "quote"]),
+        ('path,y,x\na.png,0,"?\nb.png,1,"\nb.png,1,\n', ["line 3: x holds a line break"]),
+        ("path,y, y \na.png,0,1\nb.png,1,0\n", ["column `y` is there twice"]),
+        ("path,y,a,a\na.png,0,1,0\nb.png,1,0,1\n", ["column `a` is there twice"]),
+        ("path,y\na.png,0,1\nb.png,1,0\n", ["line 2: 3 values for 2 columns"]),
+        ("y,path\n0,a.png\n1,b.png,c.png\n", ["line 3: 3 values for 2 columns"]),
     ],
 )
 def test_wrong_tables(tmp_path, text, words):
