@@ -28,7 +28,7 @@ from ddb_fast.classification import (
 from ddb_fast.config import CONTROLS, RunConfig
 from ddb_fast.context import Context
 from ddb_fast.data.listing import Listing
-from ddb_fast.data.sources import open_listing
+from ddb_fast.data.sources import check_outside, open_listing
 from ddb_fast.data.store import ImageData, open_images
 from ddb_fast.feasible import check_feasible, check_labels
 from ddb_fast.generator import (
@@ -107,6 +107,7 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -
     if "dfr" in config.methods and "erm" not in config.methods:
         logger.info("dfr gives erm's network another last layer: erm is trained and reported too")
         config = replace(config, methods=("erm", *config.methods))
+    check_outside(config.data, config.out)
     listing = open_listing(config.data)
     folder = RunFolder(
         config, fingerprint=listing.fingerprint, device=device_name(accelerator), writes=main

@@ -84,6 +84,13 @@ def test_a_class_without_training_images(capsys, tmp_path):
     assert "fox" in line and "train" in line
 
 
+def test_a_run_within_its_images(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos(tmp_path / "photos"))
+    line = refused(capsys, "tiny", "--data", ".", "--out", "runs/a")
+    assert "runs/a lies within the images" in line
+    assert not (tmp_path / "photos" / "runs").exists()
+
+
 def test_a_corrupt_image_is_named_with_the_choice_to_skip_and_then_skipped(capsys, tmp_path):
     root = photos(tmp_path / "photos")
     broken = root / "cat" / "broken.png"

@@ -16,7 +16,10 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def image_files(folder: Path, ignored: list[Path]) -> Iterator[Path]:
-    """The images below a folder at any depth; what else lies there is added to `ignored`."""
+    """The images below a folder at any depth; what else lies there is added to `ignored`.
+
+    ValueError for the folder of a run, whose images are not those that people put there.
+    """
 
     def fail(error: OSError) -> None:
         raise error  # os.walk would pass over a folder that cannot be read
@@ -28,6 +31,8 @@ def image_files(folder: Path, ignored: list[Path]) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
+        if {"manifest.json", "config.json"} <= set(files):
+            raise ValueError(f"{parent}: a run's folder among the images; move it elsewhere")
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in (Path(parent, name) for name in sorted(files)):
             if file.suffix.lower() in EXTENSIONS and not file.name.startswith("."):

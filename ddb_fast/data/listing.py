@@ -11,8 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from os.path import normpath
+from os.path import normpath, realpath
+from os.path import split as split_path
 from pathlib import Path
+from stat import S_ISLNK, S_ISREG
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -55,8 +57,7 @@ class Listing:
     (N, 3, H, W), where pixels tell. fit: how the diffusion model's copy takes its size: squash
     resizes; pad puts black around what is smaller and resizes what is larger. ValueError for fewer
     than two classes, a class without training images, factors that make another number of biases,
-    clusters that only some images of a split have, or a path that is listed twice, however
-    it is spelled, or is not Unicode.
+    clusters that only some images of a split have, and as `check_entries`.
     """
 
     name: str
@@ -92,7 +93,7 @@ class Listing:
         for split in SPLITS:
             if len({len(entry.clusters) for entry in self.entries if entry.split == split}) > 1:
                 raise ValueError(f"{self.name}: only some images of {split} have clusters")
-        check_paths(self.name, self.paths)
+        check_entries(self.name, self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -134,16 +135,36 @@ class Listing:
         return Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else read_image(pixels)
 
 
-def check_paths(name: str, paths: Iterable[str]) -> None:
-    """ValueError for a path of `name` that is listed twice, however spelled, or is not Unicode."""
-    seen = set()
-    for path in paths:
+def check_entries(name: str, entries: Iterable[Entry]) -> None:
+    """ValueError for what `name` lists twice, by other spellings or by links, or cannot hold.
+
+    That is a path that is not Unicode, and what is no file (a pipe would be waited for without
+    end); OSError for a link to nothing.
+    """
+    paths, files, folders = set(), {}, {}
+    for path, _, _, pixels, _, _ in entries:
         if any("\ud800" <= character <= "\udfff" for character in path):
             raise ValueError(f"{name}: rename {path!r}, its name is not valid Unicode")
         plain = normpath(path)
-        if plain in seen:
+        if plain in paths:
             raise ValueError(f"{name}: {path} is listed twice; keep one of the two")
-        seen.add(plain)
+        paths.add(plain)
+        if isinstance(pixels, np.ndarray):
+            continue
+        # A folder's links are followed once, not for each of its files: there may be 100,000.
+        folder, file = split_path(pixels)
+        if folder not in folders:
+            folders[folder] = realpath(folder)
+        mode, real = pixels.lstat().st_mode, f"{folders[folder]}/{file}"
+        if S_ISLNK(mode):
+            mode, real = pixels.stat().st_mode, realpath(pixels)
+        if not S_ISREG(mode):
+            raise ValueError(f"{name}: {path} is no file; remove it")
+        if real in files:
+            raise ValueError(
+                f"{name}: {path} is the same file as {files[real]}, by a link; keep one of the two"
+            )
+        files[real] = path
 
 
 def read_image(file: Path) -> Image.Image:

@@ -12,7 +12,8 @@ from ddb_fast.data.listing import SPLITS, Entry, Listing, hold_out
 
 logger = logging.getLogger(__name__)
 
-_SPLIT_NAMES = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}
+_SPLIT_NAMES = {s: s for s in SPLITS} | {"training": "train", "testing": "test"}
+_SPLIT_NAMES |= dict.fromkeys(("valid", "validation", "dev"), "val")
 # WILDS numbers its splits.
 _SPLIT_VALUES = {**_SPLIT_NAMES, "0": "train", "1": "val", "2": "test"}
 _TREE = "expected ROOT/CLASS/*.jpg or ROOT/{train,val,test}/CLASS/*.jpg"
@@ -48,7 +49,8 @@ def list_folder(
 ) -> Listing:
     """List `<root>/<class>/*` or `<root>/{train,val,test}/<class>/*`, classes sorted by name.
 
-    A class may have folders inside; `valid` and `validation` mean val. Hidden files and files that
+    A class may have folders inside; `valid`, `validation` and `dev` mean val, `training` train and
+    `testing` test. Hidden files and files that
     are no images by their extension are ignored, counted in the log. Splits that have no folder
     are held out of train (`hold_out`). ValueError for a folder that is missing, empty or laid out
     otherwise, and as for Listing.
@@ -67,7 +69,7 @@ def list_folder(
             # An empty folder of the training split is a class too, one that needs images.
             if files or split == "train":
                 names.add(folder.name)
-        ignored += [p for p in parent.iterdir() if p.is_file()]
+        ignored += [p for p in parent.iterdir() if not p.is_dir()]
     if not found:
         loose = sum(p.suffix.lower() in EXTENSIONS for p in ignored)
         what = f"{loose} images but none in a class folder" if loose else "no images found"
@@ -149,6 +151,20 @@ def open_listing(config: DataConfig) -> Listing:
         return open_benchmark(path, config)
     shares = {"validation_share": config.validation_share, "test_share": config.test_share}
     return (list_folder if source == "folder" else list_csv)(path, **shares)
+
+
+def check_outside(config: DataConfig, out: str | Path) -> None:
+    """ValueError for a run's folder `out` within a folder of images, where it would be a class."""
+    if source_of(config) != "folder":
+        return
+    root, place = Path(config.path).resolve(), Path(out).resolve()
+    if not place.is_relative_to(root):
+        return
+    if not any(part.startswith(".") for part in place.relative_to(root).parts):
+        raise ValueError(
+            f"{out} lies within the images, {config.path}, and would be a class of its own; name a "
+            "folder outside with --out"
+        )
 
 
 def source_of(config: DataConfig) -> str:

@@ -24,7 +24,7 @@ from ddb_fast.data.listing import (
     SPLITS,
     BrokenImageError,
     Entry,
-    check_paths,
+    check_entries,
     hold_out,
     read_image,
 )
@@ -95,7 +95,7 @@ def _sorted(
     labelled: bool,
     biases: tuple[str, ...] | None = None,
 ) -> Images:
-    check_paths(name, (entry.path for entry in entries))
+    check_entries(name, entries)
     order = sorted(entries, key=lambda e: ((*SPLITS, "").index(e.split), e.y, e.path))
     return Images(name=name, entries=tuple(order), labelled=labelled, biases=biases)
 
@@ -114,7 +114,7 @@ def _from_folder(root: Path, config: DataConfig, classes: Sequence[str]) -> Imag
             files = list(image_files(folder, ignored))
             label = _number(str(folder), folder.name, classes) if files else -1
             found += [Entry(f.relative_to(root).as_posix(), label, split, f) for f in files]
-        for file in (p for p in parent.iterdir() if p.is_file()):
+        for file in (p for p in parent.iterdir() if not p.is_dir()):
             known = file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
             (loose if known else ignored).append(file)
     if found:

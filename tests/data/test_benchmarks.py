@@ -10,6 +10,7 @@ from collections import Counter
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -584,7 +585,8 @@ def test_urbancars_laid_out_otherwise(capsys, tmp_path, extra, gone, told):
 
 
 def entries(**changes):
-    return tuple(Entry(f"{i}.png", i % 2, "train", Path("x"), i % 4, **changes) for i in range(8))
+    pixels = np.zeros((1, 1, 3), np.uint8)
+    return tuple(Entry(f"{i}.png", i % 2, "train", pixels, i % 4, **changes) for i in range(8))
 
 
 def test_factors_must_make_the_biases():

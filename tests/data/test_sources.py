@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ddb_fast.config import DataConfig
-from ddb_fast.data.sources import describe, list_csv, list_folder, open_listing
+from ddb_fast.data.sources import check_outside, describe, list_csv, list_folder, open_listing
 
 
 def photo(path, colour=0):
@@ -50,13 +50,23 @@ def test_a_folder_of_classes(tmp_path):
     assert listing.read(0).size == (3, 2)
 
 
-@pytest.mark.parametrize("val", ["val", "valid", "validation", "Val"])
-def test_a_folder_with_splits(tmp_path, val):
-    for split, count in (("train", 4), (val, 2), ("test", 3)):
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "val", "test"),
+        ("training", "validation", "testing"),
+        ("train", "valid", "test"),
+        ("train", "dev", "test"),
+        ("Train", "Val", "TEST"),
+    ],
+)
+def test_a_folder_with_splits(tmp_path, train, val, test):
+    for split, count in ((train, 4), (val, 2), (test, 3)):
         photos(tmp_path / split, count=count)
     listing = list_folder(str(tmp_path))
+    assert listing.classes == ("cat", "dog")
     assert per_split(listing) == {"train": 8, "val": 4, "test": 6}
-    assert listing.paths[0] == "train/cat/0.png"
+    assert listing.paths[0] == f"{train}/cat/0.png"
     assert {
         p.split("/")[0] for p, s in zip(listing.paths, listing.split, strict=True) if s == "val"
     } == {val}
@@ -82,6 +92,49 @@ def test_folders_inside_a_class_are_read(tmp_path):
     (tmp_path / "cat" / "loop").symlink_to(tmp_path / "cat")
     assert "cat/2019/summer/x.jpg" in list_folder(tmp_path).paths
     assert len(list_folder(tmp_path)) == 3
+
+
+def test_links_that_give_a_class_the_images_of_another_are_refused(tmp_path):
+    root = photos(tmp_path / "up", count=2)
+    (root / "cat" / "up").symlink_to("..")
+    line = one_line(list_folder, root)
+    assert "dog/0.png is the same file as cat/up/dog/0.png, by a link; keep one" in line
+    root = photos(tmp_path / "file", count=2)
+    (root / "cat" / "x.png").symlink_to(root / "dog" / "0.png")
+    assert "dog/0.png is the same file as cat/x.png" in one_line(list_folder, root)
+    outside = photos(tmp_path / "outside", count=2)
+    root = photos(tmp_path / "linked", classes=("cat",), count=2)
+    (root / "fox").symlink_to(outside / "cat")
+    (root / "cat" / "more").symlink_to(outside / "dog")
+    assert len(list_folder(root)) == 6
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    pipe = photos(tmp_path, count=2) / "cat" / "pipe.png"
+    os.mkfifo(pipe)
+    assert "cat/pipe.png is no file" in one_line(list_folder, tmp_path)
+    pipe.unlink()
+    pipe.symlink_to("nowhere.png")
+    with pytest.raises(FileNotFoundError, match=r"pipe\.png"):
+        list_folder(tmp_path)
+
+
+def test_a_run_and_the_images_are_apart(tmp_path):
+    root = photos(tmp_path / "photos", count=2)
+    config = DataConfig(path=str(root))
+    for out in (root, root / "runs" / "a", root / "cat" / "a", root / "x" / ".." / "a"):
+        line = one_line(check_outside, config, out)
+        assert "lies within the images" in line and "--out" in line
+    for out in (tmp_path / "runs", tmp_path / "photos-2", root / ".runs" / "a"):
+        check_outside(config, out)
+    path = table(tmp_path, "path,y\na.png,0\nb.png,1\n")
+    check_outside(DataConfig(path=str(path)), tmp_path / "runs")
+    check_outside(DataConfig(source="digits"), tmp_path)
+
+    photo(root / "runs" / "a" / "synthetic" / "grid.png")
+    for name in ("manifest.json", "config.json"):
+        (root / "runs" / "a" / name).touch()
+    assert "runs/a: a run's folder among the images; move it" in one_line(list_folder, root)
 
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
@@ -276,6 +329,9 @@ def test_a_file_under_two_spellings_is_listed_twice(tmp_path):
     text = "path,y\na.png,0\nb.png,1\nphotos/../a.png,1\n"
     line = one_line(list_csv, table(tmp_path, text))
     assert "photos/../a.png is listed twice" in line
+    (tmp_path / "again").symlink_to(tmp_path)
+    line = one_line(list_csv, table(tmp_path, "path,y\na.png,0\nb.png,1\nagain/a.png,1\n"))
+    assert "again/a.png is the same file as a.png" in line
 
 
 def test_a_csv_that_is_not_text(tmp_path):

@@ -92,6 +92,13 @@ def test_wrong_folders(tmp_path):
         list_images(DataConfig(path=str(tmp_path)), ("cat", "dog"))
 
 
+def test_a_link_to_nothing_is_not_passed_over(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("nowhere.png")
+    with pytest.raises(FileNotFoundError, match=r"b\.png"):
+        list_images(DataConfig(path=str(tmp_path)), ("cat", "dog"))
+
+
 def test_memory_is_flat(photos):
     """No more than two batches are decoded ahead of what was handed out."""
     entries = list_images(DataConfig(path=str(photos)), ("0", "1", "2")).entries
