@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,10 @@ from ddb_fast.use_run import data_config
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One split of the images: paths and class numbers (N,), in the order of a table's rows."""
+    """One split of the images: paths and class numbers (N,), in the order of a table's rows.
+
+    Numbers are those of `data.classes`; a table's are those of its own `classes`.
+    """
 
     data: "Data"
     split: str
@@ -51,6 +55,16 @@ class Data:
 
     config: DataConfig
     listing: Listing
+
+    def check_unchanged(self) -> None:
+        """ValueError where the images, labels or splits are others than when they were listed."""
+        if self.config.path is None:  # embedded
+            return
+        if open_listing(self.config).fingerprint != self.listing.fingerprint:
+            raise ValueError(
+                f"{self.listing.name}: the images, labels or splits have changed since load_data; "
+                "load them again"
+            )
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -83,12 +97,20 @@ def load_data(
     share of aligned images, where there is a choice. validation_share, test_share: what is held
     out, as the fields of `data`. ValueError, one line, for what is not there or laid out otherwise.
     """
+    if not isinstance(path, str | Path):
+        raise ValueError(
+            f"load_data takes the path of a folder or a CSV; got {type(path).__name__}"
+        )
     config = data_config(DataConfig(), str(path), source, rho)
+    if config.path is not None:  # the process may change its folder before the images are read
+        config = replace(config, path=str(Path(config.path).absolute()))
     shares = {"data.validation_share": validation_share, "data.test_share": test_share}
     shares = {name: share for name, share in shares.items() if share is not None}
     # Any preset: a whole configuration checks its fields.
     config = with_fields(replace(load_config("tiny"), data=config), shares).data
-    return Data(config, open_listing(config))
+    listing = open_listing(config)
+    _ = listing.fingerprint  # of the files as they are now, kept by the listing
+    return Data(config, listing)
 
 
 def _configured(
@@ -97,7 +119,14 @@ def _configured(
     if not isinstance(data, Data):
         raise ValueError(f"data: give what load_data gives, all of it; got {type(data).__name__}")
     own |= {} if out is None else {"out": str(out)}
-    for name in fields or {}:
+    if not isinstance(fields or {}, Mapping):
+        raise ValueError(
+            f"fields: names and values are needed, as in {{'diffusion.images': 64_000}}; got "
+            f"{type(fields).__name__}"
+        )
+    for name, value in (fields or {}).items():
+        if isinstance(value, Mapping):
+            raise ValueError(f"fields: {name}: give each field by its dotted name, {name}.FIELD")
         if name.partition(".")[0] == "data":
             raise ValueError(
                 f"fields: {name}: the images are as load_data listed them; rho, validation_share "
@@ -108,6 +137,7 @@ def _configured(
     base = load_config(preset)
     which = ("source", "path", "rho", "validation_share", "test_share")
     here = replace(base.data, **{name: getattr(data.config, name) for name in which})
+    data.check_unchanged()
     return with_fields(replace(base, data=here), {**(fields or {}), **own})
 
 
@@ -121,15 +151,21 @@ class Amplifier:
     def score(self, images: Part | Data) -> ScoreTable:
         """A row for each image of a split, or of all: prediction, loss, score, pseudo label.
 
-        Images are read from where they lie. ValueError as `ddb-fast score`.
+        Rows are in the order of what is given; where the run skips broken images, these have none.
+        Images are read from where they lie. ValueError as `ddb-fast score`, and for images that
+        have changed since load_data.
         """
         if not isinstance(images, Part | Data):
             kind = type(images).__name__
             raise ValueError(f"score takes what load_data gives, or a split of it; got {kind}")
         data = images if isinstance(images, Data) else images.data
+        data.check_unchanged()
         corrupt = self.finished.config.data.corrupt
         table = apply.score(self.finished, data.config, corrupt=corrupt, device=self.device)
-        return table if images is data else table.where(table.split == images.split)
+        # The table is sorted by the run's class numbers, which may be others than the listing's.
+        row = {path: i for i, path in enumerate(table.path)}
+        paths = data.listing.paths if images is data else images.paths
+        return table.where(np.array([row[path] for path in paths if path in row], dtype=int))
 
     @property
     def results(self) -> dict[str, Any]:
@@ -161,7 +197,7 @@ def fit_amplifier(
     """
     config = _configured(data, preset, out, fields, methods="none")
     run(config)
-    return Amplifier(FinishedRun.open(config.out), _device())
+    return Amplifier(FinishedRun.open(Path(config.out).absolute()), _device())
 
 
 def debias(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from accelerate.state import AcceleratorState
 import ddb_fast
 import small
 from ddb_fast import scoring
+from ddb_fast.data.unseen import list_images
 from ddb_fast.facade import Amplifier
 from ddb_fast.provenance import FinishedRun
 
@@ -142,6 +144,73 @@ def test_what_is_not_loaded_data_is_refused(folder):
             ddb_fast.debias(data, wrong)
     with pytest.raises(ValueError, match="all of it"):
         ddb_fast.fit_amplifier(data.train)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Without training: the configurations of the runs, and an amplifier of one with classes."""
+    configs = []
+    monkeypatch.setattr("ddb_fast.facade.run", configs.append)
+    monkeypatch.setattr("ddb_fast.facade.FinishedRun.open", lambda path: path)
+    config = SimpleNamespace(data=SimpleNamespace(corrupt="error"))
+    amplifier = Amplifier(SimpleNamespace(config=config), torch.device("cpu"))
+    return configs, amplifier
+
+
+def test_rows_are_in_the_order_of_what_was_given(tmp_path, monkeypatch, asked):
+    """The run numbers its classes 0, 1, 2, 10; a folder sorts them 0, 1, 10, 2."""
+    for name in ("2", "10"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            (tmp_path / "photos" / name / f"{i}.png").touch()
+    data = ddb_fast.load_data(tmp_path / "photos")
+    assert data.train.paths[0].startswith("10/")
+
+    def score(run, config, **_):
+        entries = list_images(config, [str(i) for i in range(11)]).entries
+        y, paths = (np.array([getattr(e, name) for e in entries]) for name in ("y", "path"))
+        split = np.array([e.split for e in entries])
+        shown = {"path": paths, "split": split, "y": y, "predicted": y}
+        return scoring.ScoreTable(classes=(), probabilities=np.zeros((len(y), 0)), **shown)
+
+    monkeypatch.setattr("ddb_fast.apply.score", score)
+    for part in (data.train, data.val, data.test):
+        scores = asked[1].score(part)
+        assert tuple(scores.path) == part.paths
+        assert [data.classes[y] for y in part.y] == [str(y) for y in scores.y]
+    assert tuple(asked[1].score(data).path) == data.listing.paths
+
+
+def test_images_that_have_changed_since_they_were_listed_are_refused(folder, asked):
+    data = ddb_fast.load_data(folder)
+    ddb_fast.fit_amplifier(data)
+    (folder / "disc" / "0.png").rename(folder / "square" / "00.png")
+    for call in (ddb_fast.fit_amplifier, asked[1].score):
+        with pytest.raises(ValueError, match="have changed since load_data; load them again"):
+            call(data)
+    assert len(asked[0]) == 1
+
+
+def test_a_process_may_change_its_folder(folder, asked, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    data = ddb_fast.load_data("photos")
+    amplifier = ddb_fast.fit_amplifier(data, out="out")
+    assert amplifier.finished == folder.parent / "out"
+    (folder.parent / "other").mkdir()
+    monkeypatch.chdir(folder.parent / "other")
+    ddb_fast.fit_amplifier(data, out="out")
+    assert [config.data.path for config in asked[0]] == [str(folder)] * 2
+
+
+def test_what_is_no_path_and_no_fields_is_refused(folder):
+    for wrong in (np.zeros((4, 8, 8, 3)), ["a.png"], None):
+        with pytest.raises(ValueError, match="load_data takes the path of a folder or a CSV; got"):
+            ddb_fast.load_data(wrong)
+    data = ddb_fast.load_data(folder)
+    with pytest.raises(ValueError, match="fields: names and values are needed"):
+        ddb_fast.fit_amplifier(data, fields=["a"])
+    with pytest.raises(ValueError, match=r"fields: diffusion: .* diffusion\.FIELD"):
+        ddb_fast.fit_amplifier(data, fields={"diffusion": {"images": 3}})
 
 
 def test_fields_that_the_call_itself_decides_are_refused(folder):
