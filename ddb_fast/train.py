@@ -3,11 +3,12 @@
 `ddb-fast run` calls `main` too, so both roads share every line from here on.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -73,6 +74,34 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Give back accelerate's state and torch's random numbers as they were, to a notebook say.
+
+    accelerate has one state a process: without this a second run could have no other precision, and
+    an Accelerator of the caller's own would take over a run's.
+    """
+    import torch
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the processes' connection is part of it
+        yield
+        return
+    states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    kept = [dict(state) for state in states]
+    for state in states:
+        state.clear()
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(gpus):
+            yield
+    finally:
+        for state, before in zip(states, kept, strict=True):
+            state.clear()
+            state.update(before)
+
+
+@_apart()
 def run(config: RunConfig, *, profile: bool = False) -> None:
     """Build the Accelerator and run the pipeline; `profile`: then show where its time goes."""
     import torch

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import ddb_fast
 import small
@@ -21,16 +20,8 @@ FIELDS = {k: v for k, v in small.FIELDS.items() if k not in ("methods", "seeds",
 FIELDS |= {"audit": False, "classifier.images": 640}
 
 
-@pytest.fixture(autouse=True)
-def one_process_many_runs():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    AcceleratorState._reset_state(reset_partial_state=True)
     data = ddb_fast.load_data("digits", rho=0.9)
     out = tmp_path_factory.mktemp("facade") / "run"
     amplifier = ddb_fast.fit_amplifier(data, preset="digits", out=out, fields=FIELDS)
@@ -74,12 +65,10 @@ def test_a_classifier_is_trained_from_scores_changed_by_hand(fitted, tmp_path):
     assert json.loads(results)["amplifier"]["pseudo_recall"] == 1.0
     weights = (out / "classifiers/ddb-i/seed0/model.safetensors").stat().st_mtime_ns
 
-    AcceleratorState._reset_state(reset_partial_state=True)
     ddb_fast.debias(data, scores, **call)
     again = (out / "classifiers/ddb-i/seed0/model.safetensors").stat().st_mtime_ns
     assert again == weights, "the same scores from another file: nothing is trained again"
 
-    AcceleratorState._reset_state(reset_partial_state=True)
     scores.conflicting[0] ^= True
     with pytest.raises(ValueError, match=r"pseudo_labels\.load is"):
         ddb_fast.debias(data, scores, **call)

@@ -5,6 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from ddb_fast.config import with_fields
+from ddb_fast.presets import load_config
+from ddb_fast.train import run
 
 STEPS = """
 import ctypes, resource, sys
@@ -40,3 +47,29 @@ def test_what_a_step_frees_is_there_for_the_next():
         faults[how] = int(answer.stdout)
     # 10 steps touch 102,400 pages.
     assert faults["kept"] < 1_000 < 10_000 < faults["returned"], faults
+
+
+def test_a_run_leaves_its_caller_as_it_was(monkeypatch, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    seen = []
+
+    def pipeline(config, accelerator, machine):
+        seen.append((accelerator.mixed_precision, accelerator.gradient_accumulation_steps))
+        torch.manual_seed(7)
+
+    def call(precision):
+        fields = {"precision": precision, "out": str(tmp_path), "threads": 1}
+        run(with_fields(load_config("digits"), fields))
+
+    monkeypatch.setattr("ddb_fast.pipeline.run_pipeline", pipeline)
+    before = torch.get_rng_state()
+    call("fp32")
+    call("bf16")
+    assert seen == [("no", 1), ("bf16", 1)]
+    assert torch.equal(torch.get_rng_state(), before)
+    own = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    assert own.mixed_precision == "no", "the run's is not taken over"
+    call("bf16")
+    assert (own.mixed_precision, own.gradient_accumulation_steps) == ("no", 4)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
