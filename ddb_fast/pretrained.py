@@ -23,7 +23,7 @@ from ddb_fast.classification import load_classifier, save_classifier
 from ddb_fast.config import ClassifierConfig, DiffusionConfig, SamplingConfig
 from ddb_fast.data.augment import amplifier_view, centre
 from ddb_fast.data.listing import read_image
-from ddb_fast.data.pixels import normalise
+from ddb_fast.data.pixels import check_input, normalise
 from ddb_fast.data.store import FITS, centre_square
 from ddb_fast.diffusion.generate import generate_within_memory
 from ddb_fast.diffusion.schedule import make_schedule
@@ -193,10 +193,14 @@ class _OfImages:
         return model.eval()
 
     def read(self, *files: str | Path) -> Tensor:
-        """Image files as the run saw them, (N, 3, S, S) uint8; ValueError for one that is broken.
+        """Image files as the run saw them, (N, 3, S, S) uint8, S the side of its decoded copy.
 
-        S: the side of the run's decoded copy.
+        ValueError for one that is broken, and for what is no path.
         """
+        for file in files or (None,):
+            if not isinstance(file, str | Path):
+                got = "none" if file is None else type(file).__name__
+                raise ValueError(f'read takes paths, as in read("a.png", "b.png"); got {got}')
         fitted = _READS[self.files.fit]
         return torch.stack([fitted(read_image(Path(file)), self.files.size) for file in files])
 
@@ -207,24 +211,15 @@ class _OfImages:
         logits are the same, bit for bit in batches of the same size. ValueError for other shapes,
         types and ranges.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
+        check_input(images)
         if images.is_floating_point():
-            # A question about values, which a compiler cannot answer.
-            asked = images.numel() and not torch.compiler.is_compiling()
-            low, high = images.aminmax() if asked else (0, 1)
-            if not (low >= 0 and high <= 1):
-                raise ValueError(
-                    f"floating-point images must be in [0, 1], these are in [{low:.4g}, {high:.4g}]"
-                )
             images = images.float() * 255
-        elif images.dtype != torch.uint8:
-            raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
         return self.network(normalise(self._view(images), self.config.pixel_norm)).float()
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> list[str]:
         """The name of each image's likeliest class; images as in `forward`, on any device."""
+        check_input(images)
         self.eval()
         batches = images.split(_BATCH)
         best = [self(batch.to(self.device)).argmax(1).cpu() for batch in batches]

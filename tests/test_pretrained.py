@@ -448,11 +448,26 @@ def test_names_that_are_nowhere(monkeypatch, tmp_path):
         (torch.full((2, 3, 8, 8), 255.0), "[255, 255]"),
         (torch.full((2, 3, 8, 8), -0.5), "[-0.5, -0.5]"),
         (torch.full((2, 3, 8, 8), torch.nan), "nan"),
+        (torch.zeros(2, 3, 0, 8), "(2, 3, 0, 8)"),
+        (np.zeros((2, 3, 8, 8), np.uint8), "a tensor (N, 3, H, W) that has pixels, got ndarray"),
+        ([torch.zeros(3, 8, 8)], "got list"),
+        (Image.new("RGB", (8, 8)), "got Image"),
     ],
 )
 def test_images_that_are_none(images, words, folders):
     model = Classifier.from_pretrained(folders / "Classifier")
     assert words in refused(ValueError, model, images)
+    assert words in refused(ValueError, model.predict, images)
+
+
+@pytest.mark.parametrize(
+    ("files", "got"),
+    [((), "none"), ((["a.png"],), "list"), (("a.png", Image.new("RGB", (8, 8))), "Image")],
+)
+def test_files_that_are_none(files, got, folders):
+    model = Classifier.from_pretrained(folders / "Classifier")
+    assert "read takes paths, as in" in refused(ValueError, model.read, *files)
+    assert f"got {got}" in refused(ValueError, model.read, *files)
 
 
 @pytest.mark.parametrize(

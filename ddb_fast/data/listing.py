@@ -171,13 +171,19 @@ def read_image(file: Path) -> Image.Image:
     """Decode a file as RGB, turned upright by its EXIF orientation; of an animation, frame one.
 
     Transparent pixels show white, as on a page. 16-bit greys are scaled to 8 bits. Truncated files,
-    and floating-point pixels, whose range is unknown, are BrokenImageErrors, one line each. What
-    the operating system refuses (permissions, a failing disk) is an OSError with the file's name.
+    and pixels whose range is unknown (floating-point, or greys outside 0 to 65535), are
+    BrokenImageErrors, one line each. What the operating system refuses (permissions, a failing
+    disk) is an OSError with the file's name.
     """
     try:
         with Image.open(file, formats=_FORMATS) as image:
             image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            # Pillow turns greys that count from white (TIFF tag 262) round, but not those of 16
+            # bits.
+            tags = getattr(image, "tag_v2", {})
+            negative = tags.get(262) == 0 and image.mode.startswith("I;16")
+            upright = _rgb(ImageOps.exif_transpose(image))
+            return ImageOps.invert(upright) if negative else upright
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
@@ -194,7 +200,10 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise BrokenImageError("floating-point pixels")
     if image.mode.startswith("I"):
         # convert() would clip at 255 instead of scaling; mode I holds 16-bit files too.
-        grey = np.rint(np.asarray(image).clip(0, 65535) / 257)
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise BrokenImageError(f"greys from {values.min()} to {values.max()}, not 0 to 65535")
+        grey = np.rint(values / 257)
         image = Image.fromarray(grey.astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         page = Image.new("RGBA", image.size, "white")

@@ -80,3 +80,23 @@ def value_range(kind: str) -> tuple[Tensor, Tensor]:
     """
     mean, std = _statistics(kind, torch.device("cpu"))
     return (0 - mean) / std, (255 - mean) / std
+
+
+def check_input(images: Tensor) -> None:
+    """ValueError for all but RGB images (N, 3, H, W) that have pixels, uint8 or floats in [0, 1].
+
+    While a graph is compiled values are not looked at.
+    """
+    given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    if isinstance(given, str) or len(given) != 4 or given[1] != 3 or 0 in given[2:]:
+        raise ValueError(f"images must be a tensor (N, 3, H, W) that has pixels, got {given}")
+    if images.is_floating_point():
+        # A question about values, which a compiler cannot answer.
+        asked = images.numel() and not torch.compiler.is_compiling()
+        low, high = images.aminmax() if asked else (0, 1)
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"floating-point images must be in [0, 1], these are in [{low:.4g}, {high:.4g}]"
+            )
+    elif images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")

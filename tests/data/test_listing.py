@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -228,6 +229,26 @@ def test_floating_point_pixels_are_refused(tmp_path):
     file = saved(tmp_path / "x.tiff", Image.fromarray(np.ones((4, 4), np.float32)))
     with pytest.raises(BrokenImageError, match="floating-point"):
         read_image(file)
+
+
+@pytest.mark.parametrize("values", [[0, 65536], [-1, 0], [0, 2**31 - 1]])
+def test_greys_of_unknown_range_are_refused(tmp_path, values):
+    file = saved(tmp_path / "x.tiff", Image.fromarray(np.array([values], np.int32)))
+    with pytest.raises(BrokenImageError, match=f"greys from {values[0]} to {values[1]}, not 0 to"):
+        read_image(file)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_greys_that_count_from_white_are_turned_round(tmp_path, kind):
+    top = np.iinfo(kind).max
+    image = Image.fromarray(np.array([[0, top // 5, top]], kind))
+    tags = {262: 0} if kind is np.uint16 else {}
+    file = saved(tmp_path / "x.tiff", image, tiffinfo=tags)
+    if kind is np.uint8:  # Pillow writes black as 0; the tag alone is exchanged
+        content = file.read_bytes()
+        here = content.index(struct.pack("<HHI", 262, 3, 1)) + 8
+        file.write_bytes(content[:here] + b"\0" + content[here + 1 :])
+    assert np.asarray(read_image(file))[0, :, 0].tolist() == [255, 204, 0]
 
 
 def test_what_the_disk_refuses_is_not_called_a_damaged_image(tmp_path, monkeypatch):
