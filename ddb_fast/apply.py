@@ -54,6 +54,12 @@ def score(run: FinishedRun, data: DataConfig, *, corrupt: str, device: torch.dev
     statistics = training_statistics(
         trained.loss, trained.predicted, trained.y, classes, run.config.pseudo_labels
     )
+    if single := [name for c, name in enumerate(classes) if (trained.y == c).sum() == 1]:
+        logger.warning(
+            "class %s: one training image, whose loss has no deviation: scores of the class say "
+            "nothing",
+            ", ".join(single),
+        )
     images = list_images(data, classes)
     if not images.labelled:
         logger.warning(

@@ -14,6 +14,7 @@ from ddb_fast import checkpoint
 from ddb_fast.config import ClassifierConfig
 from ddb_fast.context import Context
 from ddb_fast.data.augment import augment
+from ddb_fast.data.files import read_table
 from ddb_fast.data.pixels import normalise
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.store import gather, resident
@@ -229,20 +230,15 @@ def import_scores(context: Context, path: Path) -> None:
     """Take over scores of the training images (`--scores FILE`), after a look at what they are of.
 
     Every training image needs one row with its path and class; rows of other images are left out.
-    ValueError names the first that is missing, doubled or of another class.
+    ValueError as `read_table`, and it names the first that is missing, doubled or of another class.
     """
     source, train = Path(context.config.pseudo_labels.load), context.data.splits["train"]
     rows, known = {}, dict(zip(train.paths, train.y.tolist(), strict=True))
-    with source.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        for name in COLUMNS[2:]:
-            if name not in (reader.fieldnames or ()):
-                raise ValueError(f"{source}: no column {name}; name a run's amplifier/scores.csv")
-        for row in reader:
-            if row["path"] in rows:
-                raise ValueError(f"{source}: {row['path']} stands there twice")
-            if row["path"] in known:
-                rows[row["path"]] = row
+    for where, row in read_table(source, COLUMNS[2:]):
+        if row["path"] in rows:
+            raise ValueError(f"{where}: {row['path']} stands there twice")
+        if row["path"] in known:
+            rows[row["path"]] = row
     for name, y in known.items():
         if name not in rows:
             raise ValueError(f"{source}: no row of training image {name}")

@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Sequence
 from functools import partial
+from os.path import realpath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +77,8 @@ def evaluate(
         raise ValueError(
             f"{images.name}: no {' or '.join(splits)} images; it has {', '.join(there)}"
         )
+    if data != run.config.data:
+        _warn_of_trained(run, images.name, entries)
     correct = {key: torch.cat(parts) for key, parts in answers.items()}
     measured = _measure(run, images, entries, classes, correct)
     return {
@@ -115,6 +119,31 @@ def _chosen(
     if not common:
         raise ValueError(f"{run.path}: no seed is common to {', '.join(chosen)}; give --methods")
     return chosen, sorted(set(common if seeds is None else seeds))
+
+
+def _warn_of_trained(run: FinishedRun, name: str, entries: Sequence[Entry]) -> None:
+    """A warning where images that are not called train are files that the run was trained on.
+
+    What is held out goes by the spelling of paths, so the same files in another table or folder are
+    divided in another way.
+    """
+    try:
+        own = open_listing(run.config.data)
+    except (ValueError, OSError):
+        return
+    if own.fingerprint != run.fingerprint:
+        return
+    files = [(e.split, e.pixels) for e in own.entries if isinstance(e.pixels, Path)]
+    trained = {realpath(file) for split, file in files if split == "train"}
+    files = [e.pixels for e in entries if e.split != "train" and isinstance(e.pixels, Path)]
+    if count := sum(realpath(file) in trained for file in files):
+        logger.warning(
+            "%s: the run was trained on %d of the %d images evaluated, so figures flatter; "
+            "evaluate its own images without --data, or name the splits",
+            name,
+            count,
+            len(entries),
+        )
 
 
 def _measure(

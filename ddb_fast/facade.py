@@ -228,10 +228,13 @@ def debias(
     if out is None:
         out = f"{load_config(preset).out}-{method}"
     with tempfile.TemporaryDirectory() as folder:
-        given = Path(folder) / "scores.csv"  # the run keeps a copy, and goes by contents
+        given = Path(folder).resolve() / "scores.csv"  # the run keeps a copy, and goes by contents
         scores.write(given)
         own = {"methods": (method,), "pseudo_labels.load": str(given)}
-        run(_configured(data, preset, out, fields, **own))
+        try:
+            run(_configured(data, preset, out, fields, **own))
+        except ValueError as error:  # nobody has seen that file
+            raise ValueError(str(error).replace(str(given), "scores")) from error
     return Classifier.from_run(out, method=method)
 
 

@@ -140,6 +140,23 @@ def test_biases_that_the_run_does_not_know_have_no_alignment(run, photos, tmp_pa
     ]
 
 
+def test_training_images_under_another_name_are_told_of(run, photos, capsys, caplog):
+    rows = read_table(photos / "table.csv")
+    for name, changed, count in (
+        ("same", {}, 0),
+        ("tested", {"split": "test"}, sum(row["split"] == "train" for row in rows)),
+    ):
+        (photos.parent / name).mkdir()
+        again = [row | changed for row in near(photos, photos.parent / name, rows)]
+        caplog.clear()
+        evaluated(
+            capsys, run, "--data", write_table(photos.parent / name / "again.csv", again),
+            "--methods", "erm", "--seeds", "0", "--split", "train", "test",
+        )  # fmt: skip
+        told = f"again: the run was trained on {count} of the {len(rows)} images"
+        assert (told in caplog.text) == (count > 0) == ("flatter" in caplog.text)
+
+
 def test_a_run_whose_images_have_changed_knows_no_alignment(run, photos, tmp_path, capsys, caplog):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("cache", "synthetic", "diffusion"))

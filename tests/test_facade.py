@@ -202,6 +202,22 @@ def test_what_is_no_path_and_no_fields_is_refused(folder):
         ddb_fast.fit_amplifier(data, fields={"diffusion": {"images": 3}})
 
 
+def test_a_refusal_does_not_name_the_file_that_scores_pass_through(folder, monkeypatch):
+    data = ddb_fast.load_data(folder)
+
+    def refuse(config):
+        raise ValueError(f"{config.pseudo_labels.load}: no row of training image disc/1.png")
+
+    monkeypatch.setattr("ddb_fast.facade.run", refuse)
+    y = data.train.y.numpy()
+    shown = {"path": np.array(data.train.paths), "split": np.full(len(y), "train"), "y": y}
+    scores = scoring.ScoreTable(
+        classes=(), predicted=y, probabilities=np.zeros((len(y), 0)), **shown, loss=y.astype("f4")
+    )
+    with pytest.raises(ValueError, match=r"^scores: no row of training image disc/1\.png$"):
+        ddb_fast.debias(data, scores)
+
+
 def test_fields_that_the_call_itself_decides_are_refused(folder):
     data = ddb_fast.load_data(folder)
     with pytest.raises(ValueError, match=r"fields: methods: the call itself decides it"):

@@ -5,6 +5,7 @@ import csv
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 import small
 from authors_form import authors_network
 from ddb_fast import cli, scoring
+from ddb_fast.classification import import_scores
 from ddb_fast.data.digits import digits
 from ddb_fast.generator import load_diffusion
 from ddb_fast.train import main
@@ -176,7 +178,7 @@ def test_given_scores_replace_generator_and_amplifier(two_digits, tmp_path, caps
             ([{**rows[0], "y": "7"}, *rows[1:]], "is of class 7 there"),
             ([{**rows[0], "loss": "nan"}, *rows[1:]], "a figure is missing"),
             ([{**rows[0], "predicted": "2"}, *rows[1:]], "a figure is missing"),
-            ([{k: v for k, v in row.items() if k != "loss"} for row in rows], "no column loss"),
+            ([{k: v for k, v in row.items() if k != "loss"} for row in rows], "no column `loss`"),
         ]
     ):
         write(broken)
@@ -184,6 +186,28 @@ def test_given_scores_replace_generator_and_amplifier(two_digits, tmp_path, caps
         assert run(*command, methods="ddb-ii") == 2
         assert said in capsys.readouterr().err
         assert not (tmp_path / f"refused{number}" / "amplifier").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1"])
+def test_scores_that_another_program_has_written(tmp_path, encoding):
+    # A mark of the encoding stands before a column that is needed.
+    row = {"path": "ä.png", "split": "train", "y": 0, "predicted": 0, "loss": 0.5}
+    row |= {"probability_y": 0.6, "score": 1.0, "pseudo_conflicting": 1}
+    source = tmp_path / "given.csv"
+    text = ",".join(row) + "\n" + ",".join(map(str, row.values())) + "\n"
+    source.write_bytes(text.encode(encoding))
+    train = SimpleNamespace(paths=("ä.png",), y=torch.tensor([0]))
+    context = SimpleNamespace(
+        config=SimpleNamespace(pseudo_labels=SimpleNamespace(load=str(source))),
+        data=SimpleNamespace(splits={"train": train}, classes=("0",)),
+        accelerator=SimpleNamespace(is_main_process=True),
+    )
+    if encoding == "latin-1":
+        with pytest.raises(ValueError, match=r"given\.csv: not a CSV in UTF-8"):
+            import_scores(context, tmp_path / "kept.csv")
+    else:
+        import_scores(context, tmp_path / "kept.csv")
+        assert scoring.read_scores(tmp_path / "kept.csv").conflicting.tolist() == [True]
 
 
 def test_a_refused_method_leaves_a_finished_run_as_it_was(two_digits, tmp_path, capsys):

@@ -91,6 +91,18 @@ def test_other_images_are_measured_against_the_runs_training_split(run, photos, 
         assert row["pseudo_conflicting"] == theirs["pseudo_conflicting"]
 
 
+def test_a_class_of_one_training_image_is_warned_of(run, photos, tmp_path, capsys, caplog):
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("*.u8", "diff*"))
+    rows = read_table(copy / "amplifier/scores.csv")
+    train_2 = [row for row in rows if row["split"] == "train" and row["y"] == "2"]
+    kept = [row for row in rows if row not in train_2[1:]]
+    write_table(copy / "amplifier/scores.csv", kept)
+    (tmp_path / "inbox" / "2").mkdir(parents=True)
+    shutil.copy(photos / rows[-1]["path"], tmp_path / "inbox" / "2")
+    scored(capsys, copy, "--data", tmp_path / "inbox")
+    assert "class 2: one training image" in caplog.text
+
+
 def test_probabilities_are_the_softmax_of_the_amplifier(run, photos, capsys):
     rows = scored(capsys, run, "--data", photos)
     network, config, _ = load_classifier(run / "amplifier/model.safetensors")

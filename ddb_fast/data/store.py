@@ -299,8 +299,8 @@ def _refusal(broken: dict[int, str], listing: Listing) -> str:
     count = f"{len(broken)} or more" if len(broken) == _NAMED else str(len(broken))
     return (
         f"{listing.name}: {count} of {len(listing)} images cannot be read: {names} "
-        f"(the first: {next(iter(broken.values()))}); repair or remove them, or leave them out "
-        "with --data.corrupt skip"
+        f"(the first: {next(iter(broken.values()))}); repair or remove them, or, on the command "
+        "line, leave them out with --data.corrupt skip"
     )
 
 

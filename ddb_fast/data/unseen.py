@@ -199,8 +199,8 @@ def batches(
                     broken.append(entry.path)
                 else:
                     raise ValueError(
-                        f"{answer}; repair or remove it, or leave such images out with "
-                        "--corrupt skip"
+                        f"{answer}; repair or remove it, or, on the command line, leave such "
+                        "images out with --corrupt skip"
                     )
                 if len(kept) == size:
                     yield [e for e, _ in kept], torch.stack([pixels for _, pixels in kept])
