@@ -143,7 +143,7 @@ def check_entries(name: str, entries: Iterable[Entry]) -> None:
     """
     paths, files, folders = set(), {}, {}
     for path, _, _, pixels, _, _ in entries:
-        if any("\ud800" <= character <= "\udfff" for character in path):
+        if not path.isascii() and any("\ud800" <= letter <= "\udfff" for letter in path):
             raise ValueError(f"{name}: rename {path!r}, its name is not valid Unicode")
         plain = normpath(path)
         if plain in paths:
@@ -162,7 +162,7 @@ def check_entries(name: str, entries: Iterable[Entry]) -> None:
             raise ValueError(f"{name}: {path} is no file; remove it")
         if real in files:
             raise ValueError(
-                f"{name}: {path} is the same file as {files[real]}, by a link; keep one of the two"
+                f"{name}: {path} is the same file as {files[real]}; keep one of the two"
             )
         files[real] = path
 
