@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .swap_rules import CHAIN, RULES, Keep
+from .swap_rules import CHAIN, RULES, Keep, Swap
 
 
 class Entry(NamedTuple):
@@ -62,24 +62,28 @@ def optimize(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"optimize takes an nn.Module, got {type(model).__name__}")
-    swapped, left = [], []
+    found: list[tuple[str, nn.Module, Swap | Keep]] = []
     fused: dict[nn.Module, str] = {}
-    # Parents come before their children, so a norm is met after the block that calls it.
+    # Parents come before their children, so what a block says of a norm counts before its parts.
     for name, module in list(model.named_modules()):
-        for rule in RULES:
-            found = rule(module)
-            if found is None:
-                continue
-            if module in fused:
-                swapped.append(Entry(name, CHAIN, fused[module]))
-            elif isinstance(found, Keep):
-                left.append(Entry(name, *found))
-            elif not found.fused:
-                swapped.append(Entry(name, found.kind, found.what))
-            if not isinstance(found, Keep):
-                found.install()
-                fused = {**found.fused, **fused}
-            break
+        results = (result for rule in RULES if (result := rule(module)) is not None)
+        if (result := next(results, None)) is None:
+            continue
+        found.append((name, module, result))
+        if isinstance(result, Swap):
+            result.install()
+            fused = {**result.fused, **fused}
+    swapped, left = [], []
+    # Only now, as a norm may stand in the network before the chain that takes it.
+    for name, module, result in found:
+        if module in fused:
+            swapped.append(Entry(name, CHAIN, fused[module]))
+        elif isinstance(result, Keep):
+            left.append(Entry(name, *result))
+        elif not result.fused:
+            swapped.append(Entry(name, result.kind, result.what))
+        if isinstance(result, Swap) and result.left is not None:
+            left.append(Entry(name, result.kind, result.left))
     return Report(tuple(swapped), tuple(left))
 
 

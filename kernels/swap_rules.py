@@ -87,12 +87,16 @@ _IN_FP32 = re.compile(r"return super\(\)\.forward\((\w+)\.float\(\)\)\.(type|to)
 
 
 class Swap(NamedTuple):
-    """What `install` puts in: at the module itself or, if any are `fused`, into its group norms."""
+    """What `install` puts in: at the module itself or, if any are `fused`, into its group norms.
+
+    `left` says why others of its norms are not fused.
+    """
 
     kind: str
     what: str
     install: Callable[[], None]
     fused: Mapping[nn.Module, str] = {}
+    left: str | None = None
 
 
 class Keep(NamedTuple):
@@ -125,11 +129,13 @@ def sequential(module: nn.Module) -> Swap | Keep | None:
     }
     if not reasons:
         return None
-    why = _why_method_stays(module, "forward", nn.Sequential)
+    if why := _why_method_stays(module, "forward", nn.Sequential):
+        return Keep(CHAIN, why)
     fused = {layer: "in nn.Sequential" for layer, reason in reasons.items() if reason is None}
-    if why is not None or not fused:
-        return Keep(CHAIN, why or next(iter(reasons.values())))
-    return Swap(CHAIN, "", lambda: _put(module, forwards.sequential), fused)
+    left = "; ".join(reason for reason in reasons.values() if reason is not None) or None
+    if not fused:
+        return Keep(CHAIN, left)
+    return Swap(CHAIN, "", lambda: _put(module, forwards.sequential), fused, left)
 
 
 def resnet_block(module: nn.Module) -> Swap | Keep | None:
@@ -234,7 +240,8 @@ def attention(module: nn.Module) -> Swap | Keep | None:
     """The Attention of diffusers, through its processor; nn.MultiheadAttention is only named."""
     if isinstance(module, nn.MultiheadAttention):
         return Keep(ATTENTION, "nn.MultiheadAttention takes masks and returns weights")
-    if not (hasattr(module, "set_processor") and hasattr(module, "processor")):
+    # Of its class: a wrapper may hand on whatever is asked of it.
+    if not (hasattr(type(module), "set_processor") and hasattr(module, "processor")):
         return None
     processor = module.processor
     cls = type(processor)

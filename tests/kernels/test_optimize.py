@@ -266,6 +266,25 @@ def test_the_report_counts():
     assert str(optimize(nn.Identity())) == "0 swapped, 0 left"
 
 
+def test_the_report_names_each_pair_of_a_chain():
+    hooked = nn.SiLU()
+    hooked.register_forward_hook(lambda *values: None)
+    chain = nn.Sequential(nn.GroupNorm(2, 8), hooked, nn.GroupNorm(2, 8), nn.SiLU())
+    report = optimize(chain)
+    assert [(entry.name, entry.what) for entry in report.swapped] == [
+        ("0", "nn.GroupNorm"),
+        ("2", "in nn.Sequential"),
+    ]
+    assert report.left == (("", "group norm + SiLU", "1 has a hook"),)
+
+
+def test_the_report_knows_the_chain_of_a_norm_met_before():
+    model = nn.Module()
+    model.norm = nn.GroupNorm(2, 8)
+    model.chain = nn.Sequential(model.norm, nn.SiLU())
+    assert optimize(model).swapped == (("norm", "group norm + SiLU", "in nn.Sequential"),)
+
+
 def test_takes_modules_only():
     with pytest.raises(ValueError, match="got dict"):
         optimize({"weight": torch.zeros(1)})
