@@ -50,9 +50,9 @@ class Report:
 def optimize(model: nn.Module) -> Report:
     """Swap the ops of this package into a network, in place, and say what was swapped and left.
 
-    Recognised are the U-Nets of diffusers (ResnetBlock2D, Attention, the output norm), networks in
-    the style of guided-diffusion (ResBlock, GroupNorm32, QKVAttention), and in any network every
-    nn.GroupNorm, with the SiLU behind it where both stand in an nn.Sequential.
+    Recognised are the U-Nets of diffusers (ResnetBlock2D, Attention), networks with the code of
+    guided-diffusion (ResBlock, GroupNorm32, QKVAttention), and in any network every nn.GroupNorm,
+    with the SiLU behind it where both stand in an nn.Sequential.
 
     Outputs and gradients stay the same up to rounding, except for the masks of dropout, which other
     random numbers draw. Call it before torch.compile. A second call finds nothing left to do.

@@ -18,11 +18,6 @@ def norm(self: nn.GroupNorm, input: Tensor, **fused: Any) -> Tensor:
     return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **fused)
 
 
-def norm_silu(self: nn.GroupNorm, input: Tensor) -> Tensor:
-    """nn.GroupNorm, then SiLU."""
-    return norm(self, input, activation="silu")
-
-
 def sequential(self: nn.Sequential, input: Tensor) -> Tensor:
     """nn.Sequential with each group norm and the SiLU that follows it in one op."""
     layers = list(self)
@@ -177,7 +172,6 @@ def hooked(*modules: nn.Module) -> bool:
 
 _FORWARDS = (
     norm,
-    norm_silu,
     sequential,
     resnet_block,
     res_block,

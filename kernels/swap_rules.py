@@ -9,7 +9,6 @@ Nichol 2021, guided-diffusion (`unet.py`, `nn.py`), which latent-diffusion took 
 """
 
 import functools
-import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -82,7 +81,6 @@ _RESNET_CALLS = _SHAPES | _names("ValueError deprecate get")
 _PROCESSOR_CALLS = _SHAPES | _names("deprecate get scaled_dot_product_attention")
 _RES_BLOCK_CALLS = _SHAPES | _names("in_conv in_rest out_norm out_rest")
 _QKV_CALLS = _SHAPES | _names("einsum softmax sqrt")
-_HEAD = re.compile(r"(\w+) = self\.conv_norm_out\(\1\)\n\1 = self\.conv_act\(\1\)\n")
 _IN_FP32 = re.compile(r"return super\(\)\.forward\((\w+)\.float\(\)\)\.(type|to)\(\1\.dtype\)$")
 
 
@@ -204,38 +202,6 @@ def res_block(module: nn.Module) -> Swap | Keep | None:
     return Swap(CHAIN, "", lambda: _put(module, forwards.res_block, method), fused)
 
 
-def head(module: nn.Module) -> Swap | Keep | None:
-    """A network whose forward applies its conv_act directly to what its conv_norm_out gives.
-
-    That forward, the whole U-Net of diffusers, is not ours to replace: the norm takes the
-    activation over, and the network's entry `conv_act` becomes an identity. The activation object,
-    which other modules may share, is not touched.
-    """
-    last, activation = (getattr(module, name, None) for name in ("conv_norm_out", "conv_act"))
-    if not isinstance(last, nn.Module) or not isinstance(activation, nn.SiLU):
-        return None
-    # Whatever is wrapped around it stays around it: it is not replaced.
-    text, *_ = code_of(inspect.unwrap(type(module).forward))
-    lines = "".join(f"{line.strip()}\n" for line in text.splitlines())
-    calls = [lines.count(f"self.{name}(") for name in ("conv_norm_out", "conv_act")]
-    why = None
-    if "forward" in vars(module):
-        why = "its forward was replaced on the instance"
-    elif calls != [1, 1] or not _HEAD.search(lines):
-        why = "its forward does not apply conv_act directly after conv_norm_out"
-    why = why or _why_not_fused(
-        [("conv_norm_out", last, nn.GroupNorm), ("conv_act", activation, nn.SiLU)]
-    )
-    if why is not None:
-        return Keep(CHAIN, why)
-
-    def install() -> None:
-        _put(last, forwards.norm_silu)
-        module.conv_act = nn.Identity().train(activation.training)
-
-    return Swap(CHAIN, "", install, {last: "conv_norm_out + conv_act"})
-
-
 def attention(module: nn.Module) -> Swap | Keep | None:
     """The Attention of diffusers, through its processor; nn.MultiheadAttention is only named."""
     if isinstance(module, nn.MultiheadAttention):
@@ -284,7 +250,7 @@ def qkv_attention(module: nn.Module) -> Swap | Keep | None:
 
 
 # The norm's own rule comes last, once every chain has said which norms it takes.
-RULES = (resnet_block, res_block, head, sequential, attention, qkv_attention, norm)
+RULES = (resnet_block, res_block, sequential, attention, qkv_attention, norm)
 
 
 def _put(module: nn.Module, function: Callable[..., Any], method: str = "forward") -> None:

@@ -137,11 +137,39 @@ def test_hooks_fire_and_see_what_they_saw(kind):
     seen, expected = watch(model), watch(original)
     report = optimize(model)
     reasons = {entry.name: entry.what for entry in report.left}
-    assert reasons == {"mid_block.resnets.0": "norm1 has a hook", "": "conv_act has a hook"}
+    assert reasons == {"mid_block.resnets.0": "norm1 has a hook"}
     assert_same(model, original, **image())
     assert len(seen) == len(expected) > 0
     for actual, truth in zip(seen, expected, strict=True):
         torch.testing.assert_close(actual, truth, rtol=1e-4, atol=1e-5)
+
+
+class Head(nn.Module):
+    """Its forward is as those of diffusers end; its norm and activation serve others too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_norm_out, self.conv_act = nn.GroupNorm(2, 8), nn.SiLU()
+        self.tail = nn.Sequential(self.conv_norm_out, nn.SiLU())
+
+    def features(self, input):
+        return self.conv_norm_out(input)
+
+    def forward(self, input):
+        activate = self.conv_act
+        x = activate(input) + self.features(input) + 2 * self.tail(input)
+        x = self.conv_norm_out(x)
+        x = self.conv_act(x)
+        return x
+
+
+def test_a_norm_that_others_call_stays_a_norm():
+    model, original = pair(Head())
+    optimize(model)
+    x = torch.randn(2, 8, 3, 5)
+    assert_same(model, original, input=x)
+    torch.testing.assert_close(model.conv_norm_out(x), original.conv_norm_out(x))
+    assert torch.equal(model.conv_act(x), original.conv_act(x))
 
 
 def test_hooks_that_come_later_fire_too():
@@ -283,6 +311,29 @@ def test_the_report_knows_the_chain_of_a_norm_met_before():
     model.norm = nn.GroupNorm(2, 8)
     model.chain = nn.Sequential(model.norm, nn.SiLU())
     assert optimize(model).swapped == (("norm", "group norm + SiLU", "in nn.Sequential"),)
+
+
+class Delegating(nn.Module):
+    """As wrappers and torch.compile hand on what is asked of them."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+def test_the_report_of_a_wrapper_is_that_of_what_it_wraps():
+    attention = pytest.importorskip("diffusers.models.attention_processor").Attention
+    for module in (Head(), attention(8, heads=2, dim_head=4), unet_2d()):
+        report, inner = optimize(Delegating(copy.deepcopy(module))), optimize(module)
+        assert not report.left and not inner.left
+        names = [f"module.{entry.name}".rstrip(".") for entry in inner.swapped]
+        assert [entry.name for entry in report.swapped] == names
 
 
 def test_takes_modules_only():
