@@ -1,17 +1,15 @@
 """How `optimize` recognises a module, one rule for each kind, and judges whether it may be swapped.
 
-A module is known by the names of its classes, by its attributes and by what the code of its forward
-reads and computes, so no library is imported, and a version or a copy that computes something else
-is left alone.
+A module is known by the names of its classes and by the whole code of its forward (`swap_code`), so
+no library is imported, and a version or a copy that computes something else is left alone.
 
 Sources: Hugging Face diffusers (`models/resnet.py`, `models/attention_processor.py`); Dhariwal and
 Nichol 2021, guided-diffusion (`unet.py`, `nn.py`), which latent-diffusion took over.
 """
 
 import functools
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import swap_forwards as forwards
 from .ops import MAX_HEAD_DIM
-from .swap_code import Known, code_of, why_not_ours
+from .swap_code import ONE_HEAD, code_of, why_not_known
 
 NORM = "group norm"
 CHAIN = "group norm + SiLU"
@@ -28,60 +26,8 @@ ATTENTION = "attention"
 ALREADY = "already optimised"
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# What the forwards that we replace read of their module; whatever else they read, we do not know.
-_RESNET_READS = _names(
-    "norm1 nonlinearity upsample downsample conv1 time_emb_proj skip_time_act time_embedding_norm "
-    "norm2 dropout conv2 conv_shortcut training output_scale_factor"
-)
-_PROCESSOR_READS = _names(
-    "spatial_norm prepare_attention_mask heads group_norm to_q to_k to_v norm_q norm_k norm_cross "
-    "norm_encoder_hidden_states to_out residual_connection rescale_output_factor"
-)
-_RES_BLOCK_READS = _names("in_layers emb_layers use_scale_shift_norm out_layers skip_connection")
-_RES_BLOCK_RESAMPLES = _names("updown h_upd x_upd")
-
-# Their arithmetic, all of it, as `ast.unparse` writes it.
-_RESNET_COMPUTES = {
-    "hidden_states + temb",
-    "hidden_states * (1 + time_scale) + time_shift",
-    "(input_tensor + hidden_states) / self.output_scale_factor",
-}
-_PROCESSOR_COMPUTES = {
-    "height * width",
-    "inner_dim // attn.heads",
-    "attn.heads * head_dim",
-    "hidden_states + residual",
-    "hidden_states / attn.rescale_output_factor",
-}
-_RES_BLOCK_COMPUTES = {
-    "h + emb_out",
-    "out_norm(h) * (1 + scale) + shift",
-    "self.skip_connection(x) + h",
-}
-_QKV_COMPUTES = {
-    "width % (3 * self.n_heads)",
-    "width // (3 * self.n_heads)",
-    "bs * self.n_heads",
-    "1 / math.sqrt(math.sqrt(ch))",
-    "q * scale",
-    "k * scale",
-}
-_QKV = {
-    "QKVAttentionLegacy": (forwards.qkv_attention_legacy, _QKV_COMPUTES | {"ch * 3"}),
-    "QKVAttention": (forwards.qkv_attention, _QKV_COMPUTES),
-}
-# What they call beside the attributes that they read: these only change shape or dtype, ...
-_SHAPES = _names("chunk contiguous flatten float len permute reshape split to transpose type view")
-# ... and what is called through a subscript, as `to_out[0](x)`, has no name.
-_RESNET_CALLS = _SHAPES | _names("ValueError deprecate get")
-_PROCESSOR_CALLS = _SHAPES | _names("deprecate get scaled_dot_product_attention")
-_RES_BLOCK_CALLS = _SHAPES | _names("in_conv in_rest out_norm out_rest")
-_QKV_CALLS = _SHAPES | _names("einsum softmax sqrt")
-_IN_FP32 = re.compile(r"return super\(\)\.forward\((\w+)\.float\(\)\)\.(type|to)\(\1\.dtype\)$")
+# What tells this ResBlock from others of that name.
+_RES_BLOCK = {"in_layers", "emb_layers", "use_scale_shift_norm", "out_layers", "skip_connection"}
 
 
 class Swap(NamedTuple):
@@ -140,9 +86,8 @@ def resnet_block(module: nn.Module) -> Swap | Keep | None:
     """The ResnetBlock2D of diffusers."""
     if not _is_a(module, "ResnetBlock2D") or forwards.installed(module):
         return None
-    ours = Known(_RESNET_READS, _RESNET_COMPUTES, _RESNET_CALLS)
-    why = _why_method_stays(module, "forward", "ResnetBlock2D", ours)
-    why = why or _missing(module, _RESNET_READS)
+    why = _why_method_stays(module, "forward", "ResnetBlock2D")
+    why = why or _missing(module, code_of(type(module).forward).reads)
     if why is None:
         expected = {
             "norm1": nn.GroupNorm,
@@ -171,15 +116,16 @@ def res_block(module: nn.Module) -> Swap | Keep | None:
     """The ResBlock of guided-diffusion and of its descendants."""
     if not _is_a(module, "ResBlock"):
         return None
-    if _missing(module, _RES_BLOCK_READS):
+    if _missing(module, _RES_BLOCK):
         return None
     # guided-diffusion's forward is a checkpoint around _forward; others have no such layer.
     method = "_forward" if hasattr(type(module), "_forward") else "forward"
     if forwards.installed(module, method):
         return None
-    reads = _RES_BLOCK_READS | _RES_BLOCK_RESAMPLES
-    ours = Known(reads, _RES_BLOCK_COMPUTES, _RES_BLOCK_CALLS)
-    why = _why_method_stays(module, method, "ResBlock", ours)
+    why = _why_method_stays(module, method, "ResBlock")
+    why = why or _missing(module, reads := code_of(getattr(type(module), method)).reads)
+    if why is None and "updown" not in reads and hasattr(module, "updown"):
+        why = "it has updown, which its code does not read"
     sequences = [(n, getattr(module, n), nn.Sequential) for n in ("in_layers", "out_layers")]
     why = why or _why_not_fused(sequences)
     if why is not None:
@@ -215,10 +161,9 @@ def attention(module: nn.Module) -> Swap | Keep | None:
         return Keep(ATTENTION, ALREADY)
     if cls.__name__ != "AttnProcessor2_0":
         return Keep(ATTENTION, f"its processor is {cls.__name__}")
-    ours = Known(_PROCESSOR_READS, _PROCESSOR_COMPUTES, _PROCESSOR_CALLS)
-    if why := why_not_ours(cls.__call__, ours, 1):
+    if why := why_not_known(cls.__call__, "AttnProcessor2_0", 1):
         return Keep(ATTENTION, f"{cls.__name__}: {why}")
-    if why := _missing(module, _PROCESSOR_READS | {"inner_dim", "inner_kv_dim"}):
+    if why := _missing(module, code_of(cls.__call__, 1).reads | {"inner_dim", "inner_kv_dim"}):
         return Keep(ATTENTION, why)
     extras = ("spatial_norm", "norm_cross", "norm_q", "norm_k")
     if present := [name for name in extras if getattr(module, name) is not None]:
@@ -236,14 +181,21 @@ def attention(module: nn.Module) -> Swap | Keep | None:
 
 def qkv_attention(module: nn.Module) -> Swap | Keep | None:
     """The attention of guided-diffusion, which is handed q, k and v as (N, 3 * H * D, T)."""
-    for name, (forward, computes) in _QKV.items():
+    for name in ("QKVAttentionLegacy", "QKVAttention"):
         if not _is_a(module, name):
             continue
         if forwards.installed(module):
             return Keep(ATTENTION, ALREADY)
-        ours = Known(frozenset({"n_heads"}), computes, _QKV_CALLS)
-        if why := _why_method_stays(module, "forward", name, ours):
+        if why := _why_method_stays(module, "forward", name):
             return Keep(ATTENTION, why)
+        code = code_of(type(module).forward)
+        if why := _missing(module, code.reads):
+            return Keep(ATTENTION, why)
+        forward = forwards.qkv_attention
+        if name == "QKVAttentionLegacy":
+            forward = forwards.qkv_attention_legacy
+        elif code.fingerprint in ONE_HEAD:
+            forward = forwards.qkv_attention_of_one_head
         what = f"{name}; heads wider than {MAX_HEAD_DIM} stay with it"
         return Swap(ATTENTION, what, functools.partial(_put, module, forward))
     return None
@@ -271,7 +223,7 @@ def _is_a(module: nn.Module, name: str) -> bool:
     return any(cls.__name__ == name for cls in type(module).__mro__)
 
 
-def _missing(module: nn.Module, names: frozenset[str]) -> str | None:
+def _missing(module: nn.Module, names: Set[str]) -> str | None:
     missing = sorted(name for name in names if not hasattr(module, name))
     return f"it has no {', '.join(missing)}" if missing else None
 
@@ -279,24 +231,29 @@ def _missing(module: nn.Module, names: frozenset[str]) -> str | None:
 def _why_norm_stays(module: nn.GroupNorm) -> str | None:
     if is_parametrized(module):
         return "its weights are parametrised"
-    owner = _owner(module, "forward")
-    if owner.__name__ == "GroupNorm32":
-        text, *_ = code_of(owner.forward)
-        if not _IN_FP32.search(text):
-            return "its GroupNorm32 is not the one that we know"
-        return _why_method_stays(module, "forward", "GroupNorm32")
-    return _why_method_stays(module, "forward", nn.GroupNorm)
+    if type(module).__call__ is not nn.Module.__call__:
+        return "its class has a __call__ of its own"
+    owner, *above = _owners(module, "forward")
+    if owner.__name__ != "GroupNorm32":
+        return _why_method_stays(module, "forward", nn.GroupNorm)
+    why = _why_method_stays(module, "forward", "GroupNorm32")
+    return why or _why_not_torchs(above[0], "forward", nn.GroupNorm)
+
+
+def _why_layer_stays(module: nn.Module) -> str | None:
+    return _why_method_stays(module, "forward", type(module))
 
 
 def _why_not_fused(parts: Iterable[tuple[str, nn.Module, type]]) -> str | None:
     """Say why modules, given by (name, module, expected class), cannot become one op."""
     for name, module, expected in parts:
-        if expected is nn.GroupNorm and isinstance(module, nn.GroupNorm):
-            ours = forwards.installed(module)
-            if not ours and (why := _why_norm_stays(module)):
-                return f"{name}: {why}"
-        elif type(module) is not expected:
+        is_norm = expected is nn.GroupNorm and isinstance(module, nn.GroupNorm)
+        if not is_norm and type(module) is not expected:
             return f"{name} is {_name(module)}"
+        if not forwards.installed(module):
+            stays = _why_norm_stays if is_norm else _why_layer_stays
+            if why := stays(module):
+                return f"{name}: {why}"
         if forwards.hooked(module):
             return f"{name} has a hook"
         if expected is nn.Dropout and module.p == 1:
@@ -304,25 +261,27 @@ def _why_not_fused(parts: Iterable[tuple[str, nn.Module, type]]) -> str | None:
     return None
 
 
-def _owner(module: nn.Module, method: str) -> type:
-    return next(cls for cls in type(module).__mro__ if method in vars(cls))
+def _owners(module: nn.Module, method: str) -> list[type]:
+    """The classes that define a method: the one that runs, then those it may call by super()."""
+    return [cls for cls in type(module).__mro__ if method in vars(cls)]
 
 
-def _why_method_stays(
-    module: nn.Module,
-    method: str,
-    known: type | str,
-    ours: Known | None = None,
-) -> str | None:
-    """Say why a method is not the one that we know, from a class or from its name and code."""
+def _why_method_stays(module: nn.Module, method: str, known: type | str) -> str | None:
+    """Say why a method is not torch's, given its class, or no version in `swap_code.KNOWN`."""
     if method in vars(module):
         return f"its {method} was replaced on the instance"
-    owner = _owner(module, method)
-    if known not in (owner, owner.__name__):
-        return f"{owner.__name__} overrides {method}"
-    function = getattr(owner, method)
+    owner = _owners(module, method)[0]
     if isinstance(known, type):
-        code = getattr(function, "__code__", None)
-        if code is None or code.co_filename != sys.modules[owner.__module__].__file__:
-            return f"{owner.__name__}.{method} was replaced"
-    return None if ours is None else why_not_ours(function, ours)
+        return _why_not_torchs(owner, method, known)
+    if owner.__name__ != known:
+        return f"{owner.__name__} overrides {method}"
+    return why_not_known(getattr(owner, method), known)
+
+
+def _why_not_torchs(owner: type, method: str, known: type) -> str | None:
+    if owner is not known:
+        return f"{owner.__name__} overrides {method}"
+    code = getattr(getattr(owner, method), "__code__", None)
+    if code is None or code.co_filename != sys.modules[owner.__module__].__file__:
+        return f"{owner.__name__}.{method} was replaced"
+    return None

@@ -201,6 +201,19 @@ class QKVAttention(nn.Module):
         return torch.einsum("bts,bcs->bct", weight, v).reshape(bs, -1, length)
 
 
+class OneHeadAttention(nn.Module):
+    """As in improved-diffusion, where it has the name QKVAttention too and reads nothing."""
+
+    def forward(self, qkv):
+        q, k, v = qkv.chunk(3, dim=1)
+        scale = 1 / math.sqrt(math.sqrt(q.shape[1]))
+        weight = torch.einsum("bct,bcs->bts", q * scale, k * scale).softmax(dim=-1)
+        return torch.einsum("bts,bcs->bct", weight, v)
+
+
+OneHeadAttention.__name__ = "QKVAttention"
+
+
 class AttentionBlock(nn.Module):
     def __init__(self, channels, attention):
         super().__init__()

@@ -7,6 +7,7 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 import torch
 from foreign_networks import (
+    GroupNorm32,
     Guided,
     ResBlock,
     assert_same,
@@ -15,7 +16,6 @@ from foreign_networks import (
     image,
     pair,
     plain,
-    randomised,
     text,
     unet_2d,
 )
@@ -43,13 +43,14 @@ def test_plain_modules():
     assert_same(model, original, input=torch.randn(2, 3, 5, 7))
 
 
-@pytest.mark.parametrize("shape", ((3, 8), (3, 8, 5), (3, 8, 2, 3, 4), (0, 8, 2, 2)))
+@pytest.mark.parametrize(
+    "shape", ((3, 8), (3, 8, 5), (3, 8, 2, 3, 4), (0, 8, 2, 2), (2, 8, 0), (2, 8, 0, 3), (0, 8, 0))
+)
 def test_other_shapes(shape):
-    norm = randomised(nn.GroupNorm(2, 8))
+    model, original = pair(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), nn.GroupNorm(2, 8)))
     x = torch.randn(shape)
-    expected = norm(x)
-    optimize(norm)
-    torch.testing.assert_close(norm(x), expected)
+    optimize(model)
+    torch.testing.assert_close(model(x), original(x))
 
 
 @pytest.mark.parametrize("wrapped", (False, True))
@@ -92,6 +93,13 @@ def test_what_we_do_not_know_is_left_and_named():
                 input = layer(input)
             return input
 
+    class Doubled(nn.GroupNorm):
+        def __call__(self, input):
+            return 2 * super().__call__(input)
+
+    class Above(GroupNorm32, Noisy):
+        """Its super() is not torch's."""
+
     SameName = type("GroupNorm", (Noisy,), {"forward": Noisy.forward})
     OtherFp32 = type("GroupNorm32", (Noisy,), {"forward": Noisy.forward})
     replaced = nn.GroupNorm(2, 8)
@@ -103,18 +111,25 @@ def test_what_we_do_not_know_is_left_and_named():
             "reverse": Reverse(nn.GroupNorm(2, 8), nn.SiLU()),
             "other": OtherFp32(2, 8),
             "same_name": SameName(2, 8),
+            "above": Above(2, 8),
+            "doubled": Doubled(2, 8),
+            "called": nn.Sequential(Doubled(2, 8), nn.SiLU(), nn.GroupNorm(2, 8), nn.SiLU()),
             "replaced": replaced,
             "normal": nn.utils.parametrizations.weight_norm(nn.GroupNorm(2, 8)),
         }
     )
     original = copy.deepcopy(model)
     report = optimize(model)
-    assert {entry.name for entry in report.swapped} == {"wrapped", "reverse.0"}
+    assert {entry.name for entry in report.swapped} == {"wrapped", "reverse.0", "called.2"}
     assert {entry.name: entry.what for entry in report.left} == {
         "noisy": "Noisy overrides forward",
         "reverse": "Reverse overrides forward",
-        "other": "its GroupNorm32 is not the one that we know",
+        "other": "its code is no version that we know",
         "same_name": "GroupNorm overrides forward",
+        "above": "Noisy overrides forward",
+        "doubled": "its class has a __call__ of its own",
+        "called": "0: its class has a __call__ of its own",
+        "called.0": "its class has a __call__ of its own",
         "replaced": "its forward was replaced on the instance",
         "normal": "its weights are parametrised",
     }
@@ -170,6 +185,21 @@ def test_a_norm_that_others_call_stays_a_norm():
     assert_same(model, original, input=x)
     torch.testing.assert_close(model.conv_norm_out(x), original.conv_norm_out(x))
     assert torch.equal(model.conv_act(x), original.conv_act(x))
+
+
+def test_a_forward_put_on_an_activation_runs():
+    """As accelerate puts its hooks on; before or after."""
+    x = torch.randn(2, 8, 3, 5)
+    for before in (True, False):
+        model, original = pair(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()))
+        if not before:
+            optimize(model)
+        for net in (model, original):
+            net[1].forward = lambda input: input.tanh()
+        if before:
+            (entry,) = optimize(model).left
+            assert entry.what == "1: its forward was replaced on the instance"
+        torch.testing.assert_close(model(x), original(x))
 
 
 def test_hooks_that_come_later_fire_too():

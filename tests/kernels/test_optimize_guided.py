@@ -4,6 +4,7 @@ import pytest
 import torch
 from foreign_networks import (
     Guided,
+    OneHeadAttention,
     QKVAttention,
     QKVAttentionLegacy,
     ResBlock,
@@ -17,6 +18,7 @@ from foreign_networks import (
 from torch import nn
 
 from ddb_fast.kernels import optimize
+from ddb_fast.kernels.swap_code import KNOWN, code_of
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +72,7 @@ def test_a_res_block_that_computes_something_else_keeps_its_forward():
     Renamed.__name__ = "ResBlock"
     for block, why in (
         (inherited, "Unusual overrides _forward"),
-        (renamed, "* scale + shift"),
+        (renamed, "its code is no version that we know"),
     ):
         model, original = pair(block)
         report = optimize(model)
@@ -80,20 +82,43 @@ def test_a_res_block_that_computes_something_else_keeps_its_forward():
 
 
 @pytest.mark.parametrize(
-    ("new", "why"),
+    ("old", "new"),
     [
-        (".masked_fill(torch.ones(7, 7).triu(1) > 0, -1e9).softmax(dim=-1)", "calls masked_fill"),
-        ("", "does not call softmax"),
+        (".softmax(", ".masked_fill(torch.ones(7, 7).triu(1) > 0, -1e9).softmax("),
+        (".softmax(dim=-1)", ""),
+        ("softmax(dim=-1)", "softmax(dim=-2)"),
+        ('"bct,bcs->bts"', '"bct,bcs->bst"'),
+        ("q, k, v =", "k, q, v ="),
+        ("scale = 1 /", "scale = 1.0 /"),
     ],
-    ids=["causal", "no softmax"],
+    ids=["causal", "no softmax", "another softmax", "transposed", "k for q", "another constant"],
 )
-def test_an_attention_that_computes_something_else_stays(tmp_path, new, why):
-    cls = another_version(QKVAttention, ".softmax(dim=-1)", new, tmp_path)
+def test_an_attention_that_computes_something_else_stays(tmp_path, old, new):
+    cls = another_version(QKVAttention, old, new, tmp_path)
     model, original = pair(cls(2))
     report = optimize(model)
-    assert not report.swapped and [why in entry.what for entry in report.left] == [True]
+    assert not report.swapped
+    assert [entry.what for entry in report.left] == ["its code is no version that we know"]
     x = torch.randn(2, 48, 7)
     assert torch.equal(model(x), original(x))
+
+
+def test_an_attention_whose_caller_deals_the_heads_out():
+    model, original = pair(OneHeadAttention())
+    (entry,) = optimize(model).swapped
+    assert entry.what.startswith("QKVAttention")
+    assert_same(model, original, qkv=torch.randn(2, 24, 5))
+
+
+def test_a_block_that_could_resample_but_does_not_stays(tmp_path, monkeypatch):
+    """As improved-diffusion's code would, in a block that has the switch all the same."""
+    cls = another_version(ResBlock, "if self.updown:", "if False:", tmp_path)
+    monkeypatch.setitem(KNOWN["ResBlock"], code_of(cls._forward).fingerprint, "this test")
+    block = ResBlock(8, 16, shifted=True, resample=True)
+    block.__class__ = cls
+    assert [entry.what for entry in optimize(block).left] == [
+        "it has updown, which its code does not read"
+    ]
 
 
 def test_wide_heads_of_guided_diffusion_stay_with_their_owner():
