@@ -63,6 +63,8 @@ if words[:1] in (["run"], ["sweep"]) and not given & {{"--help", "--dry-run"}}:
     embedded = words[1] == "digits" and not given & {{"--data", "--data.path", "--rho"}}
     loaded = ("diffusion.",) if given & {{"--diffusion", "--synthetic"}} else ()
     loaded += ("sampling.",) if "--synthetic" in given else ()
+    if "--scores" in given:
+        loaded += ("diffusion.", "sampling.", "amplifier.", "pseudo_labels.")
     for field, value in {short!r}.items():
         ours = field != "data.rho" or embedded
         if ours and f"--{{field}}" not in given and not (loaded and field.startswith(loaded)):
@@ -302,6 +304,7 @@ WORDS = (
         ("sweep digits --rho 0.9", "data.rho"),
         ("run digits --diffusion x", "diffusion."),
         ("run digits --synthetic x", ("diffusion.", "sampling.")),
+        ("run tiny --scores x --data y", ("diffusion.", "sampling.", "amplifier.", "data.rho")),
     ],
 )
 def test_runs_are_shortened_where_the_page_does_not_say_how_long(words, lacking):
