@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from ddb_fast.arguments import OneLineParser, check_takes_rho
+from ddb_fast.streams import printing
 
 COMMANDS = {
     "run": "all stages on a preset's or your images; the same command again resumes",
@@ -24,6 +25,8 @@ COMMANDS = {
 }
 
 
+_NO_ROOM = ("can't start new thread", "can't allocate memory", "out of memory")
+"""What Python and PyTorch say where threads or memory run out, in errors without a class."""
 USE_A_RUN = ("report", "score", "evaluate", "sample")
 
 
@@ -178,9 +181,24 @@ def check_kernels(argv: Sequence[str]) -> int:
     return 0 if fine else 1
 
 
+def _usage() -> str:
+    lines = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
+    return f"usage: ddb-fast COMMAND [...]; each has --help\n{lines}"
+
+
+def show_usage(_: Sequence[str]) -> int:
+    print(_usage())
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch to a command; a user's error is one line and exit 2, Ctrl-C one and exit 130."""
     given = list(sys.argv[1:] if argv is None else argv)
+    prog = " ".join(["ddb-fast", *given[:1]])
+    return printing(lambda: _main(given, prog), prog=prog)
+
+
+def _main(given: list[str], prog: str) -> int:
     actions: dict[str, Callable[[Sequence[str]], int]] = {
         "run": run,
         **{
@@ -195,25 +213,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         "kernels": check_kernels,
         "env": show_environment,
         "completion": completion,
+        **dict.fromkeys(("-h", "--help"), show_usage),
     }
     if given and given[0] in actions:
         try:
             return actions[given[0]](given[1:])
+        except BrokenPipeError:  # an OSError, but nothing to tell: nobody reads
+            raise
         except (ValueError, OSError) as error:
-            print(f"ddb-fast {given[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except (MemoryError, RuntimeError) as error:
+            text = " ".join(str(error).split())
+            if not isinstance(error, MemoryError) and not any(words in text for words in _NO_ROOM):
+                raise
+            print(f"{prog}: this machine has no room for it: {text or 'memory'}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print(f"ddb-fast {given[0]}: interrupted", file=sys.stderr)
+            print(f"{prog}: interrupted", file=sys.stderr)
             return 130
-    usage = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
-    text = f"usage: ddb-fast COMMAND [...]; each has --help\n{usage}"
-    if given and given[0] in ("-h", "--help"):
-        print(text)
-        return 0
     if given:
         print(f"ddb-fast: no command {given[0]!r}; {', '.join(COMMANDS)}", file=sys.stderr)
     else:
-        print(text, file=sys.stderr)
+        print(_usage(), file=sys.stderr)
     return 2
 
 

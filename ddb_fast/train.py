@@ -19,6 +19,7 @@ if __name__ == "__main__":  # the launcher puts this file's folder first; our mo
 from ddb_fast.arguments import parse_run
 from ddb_fast.config import RunConfig
 from ddb_fast.fields import to_json
+from ddb_fast.streams import printing
 
 
 def choose_precision(asked: str, *, exported: str | None, cuda: bool) -> tuple[str, str]:
@@ -153,6 +154,10 @@ def run(config: RunConfig, *, profile: bool = False) -> None:
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
     """Run from arguments; a user's error is one line and exit 2."""
+    return printing(lambda: _main(argv, prog), prog=prog)
+
+
+def _main(argv: Sequence[str] | None, prog: str) -> int:
     config, dry_run, profile = parse_run(sys.argv[1:] if argv is None else argv, prog=prog)
     if dry_run:
         sys.stdout.write(to_json(config))
@@ -165,6 +170,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command continues", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # an OSError, but nothing to tell: nobody reads
+        raise
     except (ValueError, OSError, FloatingPointError, OutOfMemoryError) as error:
         if os.environ.get("DDB_FAST_TRACEBACK"):
             raise

@@ -1,0 +1,54 @@
+"""Standard output and error of a command: closed, full, left by their reader, or in ASCII."""
+
+import os
+import sys
+from collections.abc import Callable
+
+_READER_LEFT = 141
+"""What a shell says of a command that SIGPIPE ended."""
+
+
+def printing(work: Callable[[], int], *, prog: str) -> int:
+    """The exit status of a command that prints, once what it printed is out.
+
+    A reader that leaves, as `head` does, is no error: what is finished keeps its status, what is
+    not ends with 141. Output that the disk refuses is one line and 2.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, `>&-`
+            # The number stays taken: a file of the run's must not become the standard output.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif stream.errors == "strict":
+            # A character that a terminal lacks must not end what may have taken days.
+            stream.reconfigure(errors="backslashreplace")
+    stop = None
+    try:
+        status = work()
+    except SystemExit as error:  # of argparse, which may have printed the help
+        stop = error
+        status = 0
+    except BrokenPipeError:
+        _discard()
+        return _READER_LEFT
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard()
+    except OSError as error:
+        _discard()
+        if status == 0:  # else the command has told
+            print(f"{prog}: standard output: {error.strerror}", file=sys.stderr)
+            return 2
+    if stop is not None:
+        raise stop
+    return status
+
+
+def _discard() -> None:
+    """Drop what cannot be printed: Python would try again at its end, and complain."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
