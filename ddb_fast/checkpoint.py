@@ -5,8 +5,11 @@ file: tensors of the model, its moving average, the optimiser and the recipe und
 and scalars with the configuration as JSON in the metadata. Nothing is pickled.
 """
 
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +31,91 @@ def _replace(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing; OSError when the disk refuses."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name of this process's own, which takes the place of `path` once the block has written it.
+
+    OSError, which names `path`, when the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        data = content.encode() if isinstance(content, str) else content
-        temporary.write_bytes(data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
         _replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a whole file or nothing; OSError, which names it, when the disk refuses.
+
+    A link stays: the file that it names is written. What is there and no regular file, a device or
+    a pipe, is written to as it is.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    with _whole(Path(os.path.realpath(path))) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path, *, last: str | None = None) -> Iterator[Path]:
+    """A folder to fill, which is `out` once the block ends and nowhere if it fails.
+
+    Where `out` is there, empty, it stays: it may be a mount point, a link or where somebody stands.
+    Then what the folder holds is moved into it, `last` after the rest. ValueError, one line, if it
+    holds anything.
+    """
+    out = Path(os.path.realpath(out))
+    there = out.is_dir()
+    unfinished = out / ".part" if there else out.with_name(f".{out.name}.part")
+    if out.exists() and (not there or any(path != unfinished for path in out.iterdir())):
+        raise ValueError(f"{out}: there already, and not an empty folder; name another one")
+    if unfinished.exists():  # of a process that was killed
+        shutil.rmtree(unfinished)
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if there:
+            for path in sorted(unfinished.iterdir(), key=lambda path: (path.name == last, path)):
+                os.replace(path, out / path.name)
+        else:
+            os.replace(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors and JSON metadata as safetensors, whole or not at all; else OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
     # safetensors stores contiguous tensors; clone() also separates views that share memory.
     flat = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
     try:
-        save_file(flat, str(temporary), {key: json.dumps(v) for key, v in metadata.items()})
-        _replace(temporary, path)
+        with _whole(path) as temporary:
+            save_file(flat, str(temporary), {key: json.dumps(v) for key, v in metadata.items()})
+            _sort_metadata(temporary)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the names of the metadata, which safetensors writes in an order of chance.
+
+    So that what is equal is equal byte for byte.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            assert len(text) <= size, "the tensors begin where the header ends"
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

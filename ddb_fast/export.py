@@ -8,8 +8,6 @@ the model before its folder takes its name.
 import copy
 import importlib.util
 import io
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ddb_fast.arguments import OneLineParser
-from ddb_fast.checkpoint import write_atomically
+from ddb_fast.checkpoint import whole_folder, write_atomically
 from ddb_fast.config import METHODS
 from ddb_fast.data.pixels import value_range
-from ddb_fast.pretrained import BiasAmplifier, Classifier, Generator
+from ddb_fast.pretrained import DESCRIPTION, BiasAmplifier, Classifier, Generator
 
 MODELS = ("classifier", "amplifier", "diffusion")
 PROGRAMS = {"torch-export": "model.pt2", "onnx": "model.onnx"}
@@ -115,27 +113,16 @@ def largest_difference(
 
 
 def export(model: Classifier | BiasAmplifier | Generator, out: Path, *, format: str) -> str:
-    """Write a folder, whole or not at all; return a line that says what was checked.
+    """Write a folder, as `whole_folder` does; return a line that says what was checked.
 
     model: on the CPU, in eval mode. out: a folder that is empty or not there. ValueError for
     another one, for a generator in another format than pretrained, and for a program that does not
     compute what the model does.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: not an empty folder; name another one")
     if format in PROGRAMS and isinstance(model, Generator):
         raise ValueError(f"format {format}: only classifier and amplifier; use pretrained")
-    out = out.absolute()  # `.` has no name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.part")
-    if unfinished.exists():  # of an export that was killed
-        shutil.rmtree(unfinished)
-    try:
-        said = _write(model, unfinished, format)
-        os.replace(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return said
+    with whole_folder(out, last=DESCRIPTION) as unfinished:
+        return _write(model, unfinished, format)
 
 
 def _write(model: Classifier | BiasAmplifier | Generator, folder: Path, format: str) -> str:

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +21,74 @@ def test_atomic_write_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeyp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left .*results\.json"):
         checkpoint.write_atomically(path, "new")
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left .*results\.json"):
         checkpoint.save_tensors(path, {"x": torch.zeros(2)}, {})
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_processes_that_write_one_file_have_a_name_each(tmp_path, monkeypatch):
+    names = set()
+    monkeypatch.setattr(checkpoint, "_replace", lambda temporary, _: names.add(temporary.name))
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        checkpoint.write_atomically(tmp_path / "x", "")
+        checkpoint.save_tensors(tmp_path / "x", {"x": torch.zeros(1)}, {})
+    assert names == {".x.1.part", ".x.2.part"}
+
+
+def test_a_link_stays_and_what_is_no_file_is_written_to(tmp_path):
+    target, link, pipe = (tmp_path / name for name in ("target", "link", "pipe"))
+    target.write_text("old")
+    link.symlink_to(target)
+    checkpoint.write_atomically(link, "new")
+    assert link.is_symlink() and target.read_text() == "new"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        checkpoint.write_atomically(pipe, "told")
+        assert os.read(reader, 10) == b"told" and pipe.is_fifo()
+    finally:
+        os.close(reader)
+
+
+def test_equal_files_are_equal_byte_for_byte(tmp_path):
+    metadata = {name: "é" for name in "hgfedcba"}
+    for name in ("a", "b"):
+        checkpoint.save_tensors(tmp_path / name, {"x": torch.arange(3)}, metadata)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    tensors, again = checkpoint.load_tensors(tmp_path / "a")
+    assert again == metadata and tensors["x"].tolist() == [0, 1, 2]
+
+
+def test_an_empty_folder_that_is_there_stays(tmp_path, monkeypatch):
+    """It may be a mount point or a link, or where somebody stands."""
+    place, link, moved = tmp_path / "place", tmp_path / "link", []
+    place.mkdir()
+    link.symlink_to(place)
+    before, rename = place.stat().st_ino, os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(a.name), rename(a, b)))
+    for out in (place, link, Path()):
+        monkeypatch.chdir(place)
+        (place / ".part").mkdir()  # of a process that was killed
+        with checkpoint.whole_folder(out, last="b") as folder:
+            for name in "abc":
+                (folder / name).touch()
+        assert sorted(os.listdir(place)) == ["a", "b", "c"] and moved == ["a", "c", "b"]
+        assert place.stat().st_ino == before and link.is_symlink()
+        with (
+            pytest.raises(ValueError, match="not an empty folder"),
+            checkpoint.whole_folder(out),
+        ):
+            pass
+        moved.clear()
+        for name in "abc":
+            (place / name).unlink()
+    with pytest.raises(KeyError), checkpoint.whole_folder(link):
+        raise KeyError
+    assert not os.listdir(place)
 
 
 def test_safetensors_that_the_disk_refuses_is_an_os_error(tmp_path):

@@ -76,6 +76,11 @@ class ImageData:
     bias_of: Callable[[Tensor], Tensor] | None = None
     fit: Literal["squash", "pad"] = "squash"
 
+    @property
+    def count(self) -> int:
+        """How many there are in all splits."""
+        return sum(map(len, self.splits.values()))
+
     def groups(self, split: str) -> Groups | None:
         """The true groups of a split; None without bias labels.
 
@@ -210,7 +215,7 @@ def _find(cache: Path, expected: dict[str, Any], listing: Listing) -> list[int] 
         meta = json.loads((cache / "meta.json").read_text("utf-8"))
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON and of UTF-8
         raise ValueError(f"{cache / 'meta.json'}: damaged ({error}); delete {cache}") from None
     if meta.get("fingerprint") != expected["fingerprint"]:
         raise ValueError(
@@ -329,7 +334,7 @@ def _in_order(work: Callable[[int], Any], count: int) -> Iterator[Any]:
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its name once it is whole and on the disk, and else leaves no trace."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
             yield file
