@@ -2,8 +2,6 @@
 
 import logging
 import math
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +11,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ddb_fast.checkpoint import whole_folder
 from ddb_fast.classification import load_classifier
 from ddb_fast.config import DataConfig, SamplingConfig
 from ddb_fast.data.listing import SPLITS
@@ -50,7 +49,7 @@ def score(run: FinishedRun, data: DataConfig, *, corrupt: str, device: torch.dev
         raise ValueError(run.without("bias amplifier"))
     network, config, classes = load_classifier(run.path / "amplifier" / "model.safetensors")
     network.to(device)
-    trained = read_scores(run.path / "amplifier" / "scores.csv")
+    trained = read_scores(run.path / "amplifier" / "scores.csv", images=run.decoded)
     statistics = training_statistics(
         trained.loss, trained.predicted, trained.y, classes, run.config.pseudo_labels
     )
@@ -140,8 +139,8 @@ def sample(
 
     What is not given is as in the run, so that nothing given draws its synthetic set again, bit
     for bit. File k.png is image k of the set of this seed, whichever classes are asked for; fewer
-    images than the run's fill smaller batches, so theirs may differ in rounding. `out` appears
-    whole or not at all. ValueError, one line, for everything a user can get wrong.
+    images than the run's fill smaller batches, so theirs may differ in rounding. `out` is as
+    `whole_folder` has it. ValueError, one line, for everything a user can get wrong.
     """
     generator, own_seed, precision = open_generator(path)
     names, own = generator.classes, generator.sampling
@@ -151,8 +150,6 @@ def sample(
     chosen = [name for name in names if name in (classes or names)]
     if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale >= 0):
         raise ValueError(f"guidance scale {guidance_scale}: must be at least 0 (1: no guidance)")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: there already, and not an empty folder; name another one")
     labels, seeds = plan(
         len(names),
         own.per_class if per_class is None else per_class,
@@ -163,9 +160,7 @@ def sample(
     if len(wanted) < own.per_class * len(names):
         size = min(size, len(wanted))
     generator.to(device)
-    temporary = out.with_name(f".{out.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    try:
+    with whole_folder(out) as temporary:
         for name in chosen:
             (temporary / name).mkdir(parents=True)
         with tqdm(total=len(wanted), desc=f"{'sample':>24}", unit="img", disable=None) as bar:
@@ -185,7 +180,4 @@ def sample(
                     folder = temporary / names[labels[k]]
                     Image.fromarray(image.contiguous().numpy()).save(folder / f"{k:06d}.png")
                 bar.update(len(part))
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return len(wanted)

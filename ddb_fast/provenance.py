@@ -67,6 +67,12 @@ class FinishedRun:
         return self.manifest["stages"]["data"]["fields"]["data.fingerprint"]
 
     @property
+    def decoded(self) -> int | None:
+        """How many images of all splits the run decoded; None where they were deleted."""
+        small, side = self.path / "cache" / "small.u8", self.config.diffusion.image_size
+        return small.stat().st_size // (3 * side**2) if small.exists() else None
+
+    @property
     def classifiers(self) -> dict[str, list[int]]:
         """The seeds of each method that has finished classifiers."""
         found: dict[str, list[int]] = {}
@@ -151,8 +157,12 @@ def _counts(run: Path, classes: int) -> dict[str, list[int]] | None:
     table = next((table for table in tables if table.exists()), None)
     if table is None:
         return None
-    with table.open(newline="", encoding="utf-8") as file:
-        found = Counter((row["split"], int(row["y"])) for row in csv.DictReader(file))
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            found = Counter((row["split"], int(row["y"])) for row in csv.DictReader(file))
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        why = f"{type(error).__name__}: {error}"  # its repr may hold the whole file
+        raise ValueError(f"{table}: not a table of scores with labels ({why})") from None
     counts = {split: [found[split, y] for y in range(classes)] for split in SPLITS}
     return {split: numbers for split, numbers in counts.items() if any(numbers)}
 

@@ -256,12 +256,13 @@ def _read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
     """(images, loss) of each stage in `log.jsonl`; of a step that was repeated, the last."""
     stages: dict[str, dict[float, float]] = {}
     damaged = 0
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             row = json.loads(line)
             if "loss" in row:
                 stages.setdefault(row["stage"], {})[row["images"]] = row["loss"]
-        except (json.JSONDecodeError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError):
             damaged += 1
     if damaged:
         logger.warning("%s: %d lines are cut off or no records, left out", path, damaged)

@@ -1,6 +1,5 @@
 """results.json and the table a person reads, from the files that the stages left."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ddb_fast.metrics import (
     summarise,
 )
 from ddb_fast.opinions import read_opinions
+from ddb_fast.provenance import read_json
 from ddb_fast.scoring import Scores
 from ddb_fast.tabular import COLUMNS, TEXTURE, caveats, markdown, percent, shown_metrics
 from ddb_fast.verdict import as_data, judge
@@ -40,7 +40,7 @@ def collect_results(
         files = [
             path / "classifiers" / method / f"seed{seed}" / "metrics.json" for seed in config.seeds
         ]
-        written = [json.loads(file.read_text("utf-8")) for file in files]
+        written = [read_json(file) for file in files]
         tests = [seed.get("test") for seed in written]
         if None in tests:
             methods[method] = {"metrics": {}, "groups": []}
@@ -89,7 +89,7 @@ def _synthetic(path: Path, data: ImageData) -> dict[str, Any] | None:
 
 
 def _memorisation(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def _verdict(folder: Path, data: ImageData) -> dict[str, Any] | None:

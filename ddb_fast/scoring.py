@@ -340,14 +340,19 @@ def joined(tables: Sequence[ScoreTable]) -> ScoreTable:
     return ScoreTable(classes=first.classes, **columns)
 
 
-def read_scores(path: Path, split: str = "train") -> Scores:
-    """The rows of one split of `scores.csv`; ValueError if it is none, or has none of them."""
+def read_scores(path: Path, split: str = "train", *, images: int | None = None) -> Scores:
+    """The rows of one split of `scores.csv`; ValueError if it is none, or has none of them.
+
+    images: of how many the table is, with those of other splits, where that is known: ValueError
+    for another number of rows, which a table that was cut between two of them has.
+    """
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["split"] == split]
+            table = list(csv.DictReader(file))
+        rows = [row for row in table if row["split"] == split]
         if not rows:
             raise KeyError(split)
-        return Scores(
+        scores = Scores(
             y=torch.tensor([int(r["y"]) for r in rows]),
             predicted=torch.tensor([int(r["predicted"]) for r in rows]),
             loss=torch.tensor([float(r["loss"]) for r in rows]),
@@ -355,4 +360,11 @@ def read_scores(path: Path, split: str = "train") -> Scores:
             conflicting=torch.tensor([r["pseudo_conflicting"] == "1" for r in rows]),
         )
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: not a table of scores with labels ({error!r})") from None
+        why = f"{type(error).__name__}: {error}"  # its repr may hold the whole file
+        raise ValueError(f"{path}: not a table of scores with labels ({why})") from None
+    if images is not None and len(table) != images:
+        raise ValueError(
+            f"{path}: {len(table)} rows, but the run has {images} images: cut short, or of others; "
+            "restore it, or begin again with another --out"
+        )
+    return scores

@@ -447,9 +447,9 @@ def test_groups_come_with_sizes_and_intervals_the_worst_first(tmp_path):
 
 def test_stages_have_the_images_a_second_that_the_log_gives(tmp_path, caplog):
     config, data = planted(tmp_path)
-    with (tmp_path / "log.jsonl").open("a") as file:
+    with (tmp_path / "log.jsonl").open("ab") as file:
         file.write(
-            '{"time": 1, "stage": "erm seed 0", "images": 640, "loss": 0.25}\n{"time": 2, "st'
+            b'{"time": 1, "stage": "erm seed 0", "images": 640, "loss": 0.25}\n{"time": 2, "st\xff'
         )
     with caplog.at_level(logging.WARNING):
         text, _ = written(tmp_path, config, data)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
@@ -131,3 +132,14 @@ def test_a_table_says_which_weights_were_kept_and_what_a_gap_is(tmp_path):
     assert "positive = worse" in text and "adjusted average" in text
     text = table(gathered(tmp_path / "two", [{"test": of_split(average_accuracy=0.5)}]))
     assert "validation" not in text and "worse" not in text
+
+
+@pytest.mark.parametrize("content", [b"", b'{"test": ', b"\xff\xff"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    gathered(tmp_path, [{"test": of_split(average_accuracy=0.5)}])
+    file = tmp_path / "classifiers" / "erm" / "seed0" / "metrics.json"
+    file.write_bytes(content)
+    config = replace(PRESETS["tiny"](), methods=("erm",), seeds=(0,))
+    train = split_of([0, 1], None, [False, True])
+    with pytest.raises(ValueError, match=r"metrics\.json: not JSON, or cut short"):
+        collect_results(tmp_path, config, data_of(train), None, {})

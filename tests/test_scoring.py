@@ -259,3 +259,13 @@ def test_what_is_no_table_of_scores_is_refused(text, tmp_path):
 def test_paths_are_as_many_as_images(statistics):
     with pytest.raises(ValueError, match="1 paths for 2 images"):
         table_of(logits_of_losses([0, 1], [0.1, 0.1]), statistics, paths=["a.png"])
+
+
+def test_a_table_that_was_cut_between_two_rows_is_refused(table, tmp_path):
+    path = tmp_path / "scores.csv"
+    table.write(path)
+    assert len(read_scores(path, table.split[0], images=len(table)).y)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match=rf"scores\.csv: {len(table) - 1} rows, but the run has"):
+        read_scores(path, table.split[0], images=len(table))

@@ -342,6 +342,17 @@ def test_what_a_killed_process_left_is_in_nobodys_way(run, tmp_path):
 # --- runs that cannot be used ------------------------------------------------------------------
 
 
+def test_scores_that_were_cut_between_two_rows(run, tmp_path):
+    """They would be other thresholds, and so other scores."""
+    cut = tmp_path / "run"
+    shutil.copytree(run, cut)
+    table = cut / "amplifier" / "scores.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[: len(lines) // 2]))
+    with pytest.raises(ValueError, match=f"but the run has {len(lines) - 1} images"):
+        use_run.score([str(cut), "--data", "digits"])
+
+
 @pytest.mark.parametrize("command", ["score", "evaluate"])
 def test_a_folder_without_a_run(command, tmp_path):
     with pytest.raises(ValueError, match="no run; name a folder that `ddb-fast run --out` made"):
