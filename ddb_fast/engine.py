@@ -97,6 +97,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
+def agree(accelerator: Accelerator, seen: object, what: str) -> None:
+    """Compare what each process read of a file; ValueError, one line, on all where it differs.
+
+    Each decides by it how it goes on, and would wait for ever for those that go another way.
+    """
+    if accelerator.num_processes > 1:
+        number = torch.tensor([step_seed(seen)], device=accelerator.device)
+        if len(accelerator.gather(number).unique()) > 1:
+            raise ValueError(
+                f"{what}: not the same for every process; the folder has to be one that all of "
+                "them share, up to date: wait a minute, and run the same command again"
+            )
+
+
 class EMA:
     """Exponential moving average of a module's parameters; buffers are copied.
 
@@ -239,6 +253,7 @@ def fit(
             accelerator.scaler.load_state_dict(metadata["scaler"])
         logger.info("%s: continues after %d images", stage, start * size)
 
+    agree(accelerator, start, str(checkpoints.path))
     model, prepared = accelerator.prepare(network, optimizer)
     called = torch.compile(model) if step_mode == "compile" else model
     # Only loss scaling needs accelerate's wrapper, which searches the disk for a package at each

@@ -30,6 +30,7 @@ from ddb_fast.context import Context
 from ddb_fast.data.listing import Listing
 from ddb_fast.data.sources import check_outside, open_listing
 from ddb_fast.data.store import ImageData, open_images
+from ddb_fast.engine import agree
 from ddb_fast.feasible import check_feasible, check_labels
 from ddb_fast.generator import (
     import_diffusion,
@@ -42,7 +43,7 @@ from ddb_fast.memorisation import memorisation
 from ddb_fast.methods import identify_errors, retrain_last_layer, train_method
 from ddb_fast.opinions import gather_opinions
 from ddb_fast.results import collect_results, table
-from ddb_fast.run_folder import RunFolder
+from ddb_fast.run_folder import GIVEN, RunFolder, is_copied
 from ddb_fast.scoring import Scores, read_scores
 from ddb_fast.trackers import RunLog
 
@@ -87,23 +88,7 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -
         OSError: a file could not be written; what was complete stays trusted, the rest is redone.
     """
     main = accelerator.is_main_process
-    if config.data.path is not None:
-        # Links stay: the paths in a table are relative to the folder where the table is named.
-        config = replace(
-            config, data=replace(config.data, path=str(Path(config.data.path).absolute()))
-        )
-    if config.diffusion.load is not None:
-        source = Path(config.diffusion.load).resolve()
-        loaded = read_diffusion_config(source)
-        config = replace(config, diffusion=replace(loaded, load=str(source)))
-    if config.sampling.load is not None:
-        source = Path(config.sampling.load).resolve()
-        config = replace(config, sampling=replace(config.sampling, load=str(source)))
-    if config.pseudo_labels.load is not None:
-        source = Path(config.pseudo_labels.load).resolve()
-        if not source.is_file():
-            raise ValueError(f"{source}: no such file; name a run's amplifier/scores.csv")
-        config = replace(config, pseudo_labels=replace(config.pseudo_labels, load=str(source)))
+    config = _located(config)
     if "dfr" in config.methods and "erm" not in config.methods:
         logger.info("dfr gives erm's network another last layer: erm is trained and reported too")
         config = replace(config, methods=("erm", *config.methods))
@@ -112,16 +97,44 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -
     folder = RunFolder(
         config, fingerprint=listing.fingerprint, device=device_name(accelerator), writes=main
     )
-    config = folder.extended()
-    check_feasible(config, num_classes=len(listing.classes), world=accelerator.num_processes)
-    accelerator.wait_for_everyone()
+    classes, world = len(listing.classes), accelerator.num_processes
+    check_feasible(folder.extended(), num_classes=classes, world=world)
     try:
-        folder.open()
+        folder.lock()
         accelerator.wait_for_everyone()
+        folder.open()
+        agree(accelerator, folder.known, str(folder.path / "manifest.json"))
+        config = folder.extended()
+        check_feasible(config, num_classes=classes, world=world)
         logger.info("%s", machine)
         return _run_stages(config, accelerator, listing, folder)
     finally:
         folder.close()
+
+
+def _located(config: RunConfig) -> RunConfig:
+    """Absolute paths, and the configuration of a generator that was given; ValueError for none."""
+    if config.data.path is not None:
+        # Links stay: the paths in a table are relative to the folder where the table is named.
+        config = replace(
+            config, data=replace(config.data, path=str(Path(config.data.path).absolute()))
+        )
+    for name in GIVEN:
+        section = name.partition(".")[0]
+        part = getattr(config, section)
+        if part.load is None:
+            continue
+        source = Path(part.load).resolve()
+        config = replace(config, **{section: replace(part, load=str(source))})
+        copied = is_copied(config, name)
+        if copied:
+            logger.info("%s: is gone; the run has a copy of its own", source)
+        if name == "diffusion.load":
+            loaded = read_diffusion_config(Path(config.out, "diffusion") if copied else source)
+            config = replace(config, diffusion=replace(loaded, load=str(source)))
+        elif name == "pseudo_labels.load" and not copied and not source.is_file():
+            raise ValueError(f"{source}: no such file; name a run's amplifier/scores.csv")
+    return config
 
 
 @dataclass(frozen=True)
@@ -139,8 +152,11 @@ class Stages:
         work returns its seconds, or None to have them measured here.
         """
         folder = self.folder
+        main = self.accelerator.is_main_process
         if folder.done(key):
             logger.info("%s: done before", key)
+            if main:  # a process that was killed had not come to it
+                _remove(unfinished)
             return
         folder.begin(key)
         began = time.monotonic()
@@ -154,8 +170,13 @@ class Stages:
             raise
         self.accelerator.wait_for_everyone()
         folder.finish(key, time.monotonic() - began if seconds is None else seconds)
-        if self.accelerator.is_main_process and unfinished is not None and unfinished.exists():
-            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+        if main:
+            _remove(unfinished)
+
+
+def _remove(unfinished: Path | None) -> None:
+    if unfinished is not None and unfinished.exists():
+        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
 
 
 def _run_stages(
@@ -170,7 +191,7 @@ def _run_stages(
     with accelerator.main_process_first():
         # What was decoded for a command that was refused: nothing else rests on it.
         unbound = main and meta.exists() and not folder.done("data")
-        if unbound and listing.fingerprint not in meta.read_text("utf-8"):
+        if unbound and listing.fingerprint not in meta.read_text("utf-8", errors="replace"):
             shutil.rmtree(meta.parent)
         data = read_data(config, path, listing, progress=config.progress and main)
     seconds = time.monotonic() - began
@@ -191,7 +212,7 @@ def _run_stages(
     elif config.scored:
         given = path / "amplifier" / "scores.csv"
         stage("scores", lambda: import_scores(context, given))
-        scores = read_scores(given)
+        scores = read_scores(given, images=len(data.splits["train"]))
     if CONTROLS.intersection(config.methods):
         real_scores = _amplify_real(context, stage, path / "real_amplifier")
     _train_methods(context, stage, path / "classifiers", scores, real_scores)
@@ -212,10 +233,13 @@ def write_results(
     path: Path, config: RunConfig, data: ImageData, seconds: dict[str, float]
 ) -> dict[str, Any]:
     """Write results.json and report.html from what the stages left; return the results."""
-    scores = read_scores(path / "amplifier" / "scores.csv") if config.scored else None
-    real_scores = None
+    scores = real_scores = None
+    if config.scored:
+        # Those that were given are of the training images alone.
+        images = data.count if config.amplifies else len(data.splits["train"])
+        scores = read_scores(path / "amplifier" / "scores.csv", images=images)
     if CONTROLS.intersection(config.methods):
-        real_scores = read_scores(path / "real_amplifier" / "scores.csv")
+        real_scores = read_scores(path / "real_amplifier" / "scores.csv", images=data.count)
     results = collect_results(path, config, data, scores, seconds, real_scores=real_scores)
     write_atomically(path / "results.json", json.dumps(results, indent=2) + "\n")
     report.write(path, config, data, results)
@@ -274,7 +298,7 @@ def _score(context: Context, stage: Stages, key: str, amplifier: Path) -> Scores
     model, table_path = amplifier / "model.safetensors", amplifier / "scores.csv"
     main = context.accelerator.is_main_process
     stage(key, lambda: score_images(context, model, table_path) if main else None)
-    return read_scores(table_path)
+    return read_scores(table_path, images=context.data.count)
 
 
 def _train_methods(

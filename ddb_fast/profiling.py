@@ -44,6 +44,7 @@ from ddb_fast.generator import synthesise, train_diffusion
 from ddb_fast.kernels import use_backend
 from ddb_fast.models.unet import UNet
 from ddb_fast.recipes import ERM
+from ddb_fast.run_folder import lock_folder
 from ddb_fast.tabular import markdown
 from ddb_fast.trackers import RunLog
 
@@ -303,7 +304,8 @@ def profile_run(run: str | Path, accelerator: Any) -> list[StageProfile]:
     found = [profile_stage(name, context, job) for name, job in work.items()]
     profiled = [one for one in found if one is not None]
     if accelerator.is_main_process:
-        _write(run / "profile", profiled, context)
+        with lock_folder(run):
+            _write(run / "profile", profiled, context)
     accelerator.wait_for_everyone()
     return [stage for stage, _ in profiled]
 

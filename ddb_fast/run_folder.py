@@ -5,6 +5,7 @@ A stage is done only after its files were renamed into place, so a killed run is
 further than it got.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,8 +24,43 @@ from ddb_fast.config import (
     METHODS,
     RunConfig,
 )
-from ddb_fast.fields import fields_hash, to_json
+from ddb_fast.data.files import image_files
+from ddb_fast.fields import fields_hash, flatten, to_json
+from ddb_fast.provenance import FinishedRun, read_json
 from ddb_fast.stages import STAGE_FIELDS, default_fields, stage_fields
+
+GIVEN = {
+    "diffusion.load": "diffusion",
+    "sampling.load": "synthetic",
+    "pseudo_labels.load": "scores",
+}
+"""What may be given to a run, and the stage that makes a copy of it."""
+
+
+def is_copied(config: RunConfig, name: str) -> bool:
+    """Whether what was given is gone, and the run in `config.out` once made its copy of it."""
+    source = flatten(config)[name]
+    if Path(source, "model.safetensors" if name == "diffusion.load" else "").exists():
+        return False
+    try:
+        run = FinishedRun.open(config.out)
+    except ValueError:  # no run is there, or a damaged one: what is missing is what was given
+        return False
+    return GIVEN[name] in run.done and flatten(run.config)[name] == source
+
+
+def _digest(name: str, source: Path) -> str:
+    """Of the contents of what was given; OSError where it cannot be read."""
+    digest = hashlib.sha256()
+    if name == "sampling.load":
+        for file in sorted(image_files(source, [])):
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            digest.update(json.dumps([file.relative_to(source).as_posix(), content]).encode())
+    else:
+        file = source / "model.safetensors" if name == "diffusion.load" else source
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256")
+    return digest.hexdigest()[:16]
 
 
 def _git_commit() -> str | None:
@@ -56,31 +92,54 @@ def versions() -> dict[str, str | None]:
     }
 
 
+def lock_folder(path: Path) -> IO[str]:
+    """Keep a run's folder for this process until the file is closed; clear away what was cut off.
+
+    ValueError, one line, where another process works there, or where nothing can be locked.
+    """
+    # The kernel lets go of it when the process ends, however it ends.
+    lock = (path / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        if isinstance(error, BlockingIOError):
+            raise ValueError(f"{path}: another process is running here") from None
+        if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise ValueError(
+                f"{path}: its file system cannot lock files (flock: {error.strerror}), so two "
+                "processes could spoil each other's work; use a folder on another one"
+            ) from None
+        raise
+    for unfinished in path.rglob(".*.part"):  # of a process that was killed
+        if unfinished.is_file():
+            unfinished.unlink(missing_ok=True)
+    return lock
+
+
 class RunFolder:
     """The folder of one run, shared by all processes; only the main one writes.
 
     Every process keeps the same record in memory and so takes the same branch at every stage.
+    Making one refuses what does not fit, and leaves nothing; then `lock`, and `open` on every
+    process once that is done.
     """
 
     def __init__(self, config: RunConfig, *, fingerprint: str, device: str, writes: bool):
         self.path = Path(config.out)
         self._config, self._writes = config, writes
-        # Contents, not places: of the data, and of scores that were given.
+        # Contents, not places: of the data, and of what was given.
         self._contents = {"data.fingerprint": fingerprint}
-        if config.pseudo_labels.load is not None:
-            scores = Path(config.pseudo_labels.load).read_bytes()
-            self._contents["pseudo_labels.load"] = hashlib.sha256(scores).hexdigest()[:16]
+        self._places = {name: flatten(config)[name] for name in GIVEN}
+        given = [name for name, place in self._places.items() if place is not None]
+        self._copied = [name for name in given if is_copied(config, name)]
+        for name in given:
+            if name not in self._copied:
+                self._contents[name] = _digest(name, Path(self._places[name]))
         self._lock: IO[str] | None = None
         self._manifest_path = self.path / "manifest.json"
         self._stages: dict[str, dict[str, Any]] = {}
-        if self._manifest_path.exists():
-            try:
-                self._stages = json.loads(self._manifest_path.read_text("utf-8"))["stages"]
-                self._refuse_differences()
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{self._manifest_path}: not a manifest ({error})") from None
-        elif self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
-            raise ValueError(f"{self.path} holds files but no run; name another folder with --out")
+        self._read()
         self._header = {
             "format": 1,
             "command": sys.argv,
@@ -88,17 +147,32 @@ class RunFolder:
             "versions": versions(),
         }
 
-    def open(self) -> None:
-        """Create the folder or record the new command; call it once every process has read it."""
+    def _read(self) -> None:
+        if self._manifest_path.exists():
+            content = read_json(self._manifest_path)
+            try:
+                self._stages = content["stages"]
+                for name in self._copied:
+                    self._contents[name] = self._stages[GIVEN[name]]["fields"][name]
+                self._refuse_differences()
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self._manifest_path}: not a manifest ({error})") from None
+        elif self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
+            raise ValueError(f"{self.path} holds files but no run; name another folder with --out")
+
+    def lock(self) -> None:
+        """Create the folder and keep it for this run; ValueError as `lock_folder`."""
         if self._writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            # The kernel lets go of it when the process ends, however it ends.
-            self._lock = (self.path / ".lock").open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{self.path}: another process is running here") from None
-            self._write()
+            self._lock = lock_folder(self.path)
+
+    def open(self) -> None:
+        """Read what is there once it is locked, and record the new command.
+
+        Another command may have begun a stage after the first reading; ValueError as that.
+        """
+        self._read()
+        self._write()
 
     def record(self) -> None:
         """Write the configuration, once nothing is left that could refuse it."""
@@ -125,9 +199,15 @@ class RunFolder:
                 # A field that came after this run was begun had its default there.
                 there = entry["fields"].get(name, defaults.get(name))
                 here = asked.get(name)
-                if there != here:
-                    differences[name] = f"{name} is {there} there, {here} here"
-        if "data.fingerprint" in differences:  # two digests tell nobody anything
+                # Runs from before its contents counted are bound to the place of what was given.
+                if there == here or (there is not None and there == self._places.get(name)):
+                    continue
+                differences[name] = f"{name} is {there} there, {here} here"
+                if name in GIVEN and None not in (there, here):  # two digests tell nobody anything
+                    differences[name] = f"{name} is not what it began with"
+        for name in self._copied:
+            differences.pop(name, None)
+        if "data.fingerprint" in differences:
             told = "the images, labels or splits are not those that it began with"
             differences["data.fingerprint"] = told
         if differences:
@@ -140,6 +220,11 @@ class RunFolder:
         if self._writes:
             content = {**self._header, "seconds": self.seconds(), "stages": self._stages}
             write_atomically(self._manifest_path, json.dumps(content, indent=2) + "\n")
+
+    @property
+    def known(self) -> str:
+        """What every process has to see alike: which stages are bound to what, and done."""
+        return json.dumps(self._stages, sort_keys=True)
 
     def done(self, key: str) -> bool:
         """Whether the results of `stage` or `method/seedN` are complete."""

@@ -231,10 +231,24 @@ def report(argv: Sequence[str], *, prog: str = "ddb-fast report") -> int:
     parser.add_argument("--open", action="store_true", help="show it in the browser")
     arguments = parser.parse_args(argv)
 
-    from ddb_fast.pipeline import read_data, write_results
     from ddb_fast.provenance import FinishedRun
+    from ddb_fast.run_folder import lock_folder
 
-    run = FinishedRun.open(arguments.run)
+    # A run that decodes or trains there would be given half of what this writes, and the reverse.
+    with lock_folder(FinishedRun.open(arguments.run).path):
+        page = _write_report(FinishedRun.open(arguments.run))
+    print(f"report:  {page}")
+    if arguments.open:
+        import webbrowser
+
+        if not webbrowser.open(page.resolve().as_uri()):
+            print(f"{prog}: no browser was found; open the file yourself", file=sys.stderr)
+    return 0
+
+
+def _write_report(run: "FinishedRun") -> Path:
+    from ddb_fast.pipeline import read_data, write_results
+
     config = run.config
     needed = {f"{method}/seed{seed}" for method in config.methods for seed in config.seeds}
     needed |= {"scores"} if config.scored else set()
@@ -245,11 +259,4 @@ def report(argv: Sequence[str], *, prog: str = "ddb-fast report") -> int:
     _prepare(config)
     data = read_data(config, run.path, listing)
     write_results(run.path, config, data, run.manifest["seconds"])
-    page = run.path / "report.html"
-    print(f"report:  {page}")
-    if arguments.open:
-        import webbrowser
-
-        if not webbrowser.open(page.resolve().as_uri()):
-            print(f"{prog}: no browser was found; open the file yourself", file=sys.stderr)
-    return 0
+    return run.path / "report.html"

@@ -20,6 +20,7 @@ from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.store import ImageData, Split
 from ddb_fast.feasible import check_labels
 from ddb_fast.presets import PRESETS
+from ddb_fast.run_folder import lock_folder
 from ddb_fast.train import main
 
 WORDS = "--diffusion.images 64 --amplifier.images 64 --classifier.images 64 --progress false"
@@ -322,6 +323,19 @@ def test_a_folder_in_which_another_process_runs(capsys, tmp_path):
     with (out / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another process" in refused(capsys, *small.arguments(out))
+
+
+def test_processes_that_do_not_see_the_same_manifest(capsys, tmp_path, monkeypatch):
+    """They compare what they read once the folder is locked."""
+    out = tmp_path / "out"
+
+    def differ(_, seen, what):
+        with pytest.raises(ValueError, match="another process"):
+            lock_folder(out)
+        raise ValueError(f"{what}: {seen}")
+
+    monkeypatch.setattr("ddb_fast.pipeline.agree", differ)
+    assert refused(capsys, *small.arguments(out)).endswith("manifest.json: {}")
 
 
 @pytest.mark.parametrize(

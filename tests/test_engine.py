@@ -1,6 +1,7 @@
 """The training loop: its clock, its moving average, and that stopping it changes nothing."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ddb_fast.engine import (
     EMA,
     Checkpoints,
     Selection,
+    agree,
     build_optimizer,
     fit,
     learning_rate,
@@ -317,6 +319,24 @@ def test_a_checkpoint_of_another_network_is_one_line(tmp_path):
             checkpoints=Checkpoints(path=tmp_path / "a" / "state.safetensors"),
             show_progress=False,
         )
+
+
+def test_processes_that_see_other_files_end_with_one_line(tmp_path, monkeypatch):
+    """A rank with an older view of the disk would take other steps, and all would wait."""
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "a", stop_after=10, every=8)
+    seen = []
+    monkeypatch.setattr("ddb_fast.engine.agree", lambda *words: seen.append(words[1:]))
+    train(tmp_path, "a", stop_at=80)
+    assert seen == [(10, str(tmp_path / "a" / "state.safetensors"))]
+
+    def ranks(gather, count=2):
+        return SimpleNamespace(num_processes=count, device=torch.device("cpu"), gather=gather)
+
+    agree(ranks(None, count=1), 3, "x")
+    agree(ranks(lambda number: number.repeat(2)), 3, "x")
+    with pytest.raises(ValueError, match="x: not the same for every process"):
+        agree(ranks(lambda number: torch.cat([number, number + 1])), 3, "x")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):

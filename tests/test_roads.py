@@ -236,7 +236,8 @@ def test_synthetic_images_of_ones_own_replace_the_generator(two_digits, tmp_path
     assert not (out / "diffusion").exists()
     manifest = json.loads((out / "manifest.json").read_text())
     assert "diffusion" not in manifest["stages"]
-    assert manifest["stages"]["synthetic"]["fields"]["sampling.load"] == str(own)
+    bound = manifest["stages"]["synthetic"]["fields"]["sampling.load"]
+    assert len(bound) == 16, "to the contents, wherever they lie"
     assert json.loads((out / "results.json").read_text())["synthetic"]["count"] == 40
 
 
@@ -261,7 +262,7 @@ def test_an_authors_checkpoint_is_imported_and_run(two_digits, tmp_path, capsys)
     assert run(*command, methods="ddb-ii") == 0
     used = json.loads((out / "manifest.json").read_text())["stages"]["synthetic"]["fields"]
     assert used["diffusion.pixel_norm"] == "imagenet"
-    assert used["diffusion.load"] == str(folder)
+    assert len(used["diffusion.load"]) == 16, "to the contents, wherever they lie"
     assert used["diffusion.image_size"] == 16, "the generator decides, not the preset"
 
 

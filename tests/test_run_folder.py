@@ -1,18 +1,25 @@
-"""A run's folder and later versions of this library."""
+"""A run's folder: later versions of this library, other processes, and what was given to it."""
 
+import errno
+import fcntl
 import json
+import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from ddb_fast.config import with_fields
 from ddb_fast.fields import flatten
+from ddb_fast.pipeline import Stages
 from ddb_fast.presets import PRESETS
-from ddb_fast.run_folder import RunFolder
+from ddb_fast.run_folder import RunFolder, lock_folder
 from ddb_fast.stages import default_fields
 
 
 def open_folder(config):
     folder = RunFolder(config, fingerprint="f", device="cpu", writes=True)
+    folder.lock()
     folder.open()
     return folder
 
@@ -63,3 +70,106 @@ def test_defaults_are_those_of_the_dataclasses():
           for name in ("images", "batch_size")),
     }  # fmt: skip
     assert defaults["data.rho"] == digits["data.rho"] and defaults["seeds"] == [0]
+
+
+def test_one_process_works_in_a_folder_and_clears_away_what_was_cut_off(tmp_path, monkeypatch):
+    left = tmp_path / "cache" / ".small.u8.123.part"
+    left.parent.mkdir()
+    left.touch()
+    with lock_folder(tmp_path):
+        assert not left.exists()
+        with pytest.raises(ValueError, match="another process is running here"):
+            lock_folder(tmp_path)
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ValueError, match="cannot lock files") as error:
+        lock_folder(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_what_another_command_began_before_the_folder_was_locked_counts(tmp_path):
+    config = with_fields(PRESETS["digits"](), {"out": str(tmp_path / "run")})
+    other = with_fields(config, {"diffusion.lr": 0.5})
+    late = RunFolder(other, fingerprint="f", device="cpu", writes=True)
+    first = open_folder(config)
+    first.begin("diffusion")
+    first.close()
+    late.lock()
+    assert late.known == "{}"
+    with pytest.raises(ValueError, match=r"diffusion\.lr is .* there, 0\.5 here"):
+        late.open()
+    assert late.known == first.known, "what the processes of a run compare"
+    late.close()
+
+
+@pytest.mark.parametrize("name", ["diffusion.load", "sampling.load"])
+def test_a_run_is_bound_to_the_contents_of_what_was_given(tmp_path, name):
+    stage, given = {"diffusion.load": "diffusion", "sampling.load": "synthetic"}[name], "given"
+    file = tmp_path / given / {"diffusion": "model.safetensors", "synthetic": "0/a.png"}[stage]
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"one")
+    fields = {"out": str(tmp_path / "run"), name: str(tmp_path / given)}
+    config = with_fields(PRESETS["digits"](), fields)
+    folder = open_folder(config)
+    folder.begin(stage)
+    folder.record()
+    folder.close()
+
+    shutil.move(tmp_path / given, tmp_path / "moved")
+    with pytest.raises(OSError, match=given):  # the stage still needs it
+        open_folder(config)
+    moved = with_fields(config, {name: str(tmp_path / "moved")})
+    folder = open_folder(moved)
+    folder.finish(stage, 1.0)
+    folder.close()
+    shutil.move(tmp_path / "moved", tmp_path / given)
+    open_folder(config).close()
+    file.write_bytes(b"two")
+    with pytest.raises(ValueError, match=f"{name} is not what it began with"):
+        open_folder(config)
+
+    shutil.rmtree(tmp_path / given)
+    folder = open_folder(config)  # it has a copy
+    folder.begin("amplifier")
+    folder.close()
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    bound = {stage["fields"][name] for stage in manifest["stages"].values()}
+    assert len(bound) == 1 and str(tmp_path) not in str(bound)
+    with pytest.raises(OSError, match="typo"):
+        open_folder(with_fields(config, {name: str(tmp_path / "typo")}))
+
+
+def test_a_run_from_before_the_contents_counted_is_bound_to_the_place(tmp_path):
+    given = tmp_path / "given"
+    (given / "0").mkdir(parents=True)
+    fields = {"out": str(tmp_path / "run"), "sampling.load": str(given)}
+    config = with_fields(PRESETS["digits"](), fields)
+    folder = open_folder(config)
+    folder.begin("synthetic")
+    folder.close()
+    manifest = tmp_path / "run" / "manifest.json"
+    older = json.loads(manifest.read_text())
+    older["stages"]["synthetic"]["fields"]["sampling.load"] = str(given)
+    manifest.write_text(json.dumps(older))
+    open_folder(config).close()
+    shutil.copytree(given, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"sampling\.load is not what it began with"):
+        open_folder(with_fields(config, {"sampling.load": str(tmp_path / "other")}))
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    config, manifest = finished(tmp_path / "run")
+    manifest.write_bytes(b"\xff" * 9)
+    with pytest.raises(ValueError, match=r"manifest\.json: not JSON, or cut short"):
+        open_folder(config)
+
+
+def test_what_a_stage_kept_meanwhile_goes_though_it_was_killed_before_that(tmp_path):
+    kept = tmp_path / "shards"
+    (kept / "x").mkdir(parents=True)
+    stages = Stages(SimpleNamespace(done=lambda _: True), SimpleNamespace(is_main_process=True))
+    stages("synthetic", lambda: 1 / 0, kept)
+    assert not kept.exists()

@@ -6,7 +6,7 @@ from ddb_fast import use_run
 from ddb_fast.config import with_fields
 from ddb_fast.presets import PRESETS
 from ddb_fast.pretrained import BiasAmplifier, Generator
-from ddb_fast.run_folder import RunFolder
+from ddb_fast.run_folder import RunFolder, lock_folder
 
 GOES_ON = "the same `ddb-fast run` goes on"
 NEED_NONE = "its methods need none; the same `ddb-fast run` with --methods ddb-ii makes one"
@@ -17,6 +17,7 @@ def stopped(path, **fields):
     fields = {name.replace("__", "."): value for name, value in fields.items()}
     config = with_fields(PRESETS["digits"](), {"out": str(path), **fields})
     folder = RunFolder(config, fingerprint="f", device="cpu", writes=True)
+    folder.lock()
     folder.open()
     folder.begin("data")
     folder.finish("data", 1.0)
@@ -44,7 +45,9 @@ def no_logging(monkeypatch):
         ({"methods": "ddb-i", "sampling__load": "pngs"}, GOES_ON, "it used other images"),
     ],
 )
-def test_every_command_says_why_there_is_none(fields, amplifier, generator, tmp_path):
+def test_every_command_says_why_there_is_none(fields, amplifier, generator, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pngs").mkdir()
     run = stopped(tmp_path / "run", **fields)
     line = f"{run}: no finished bias amplifier: {amplifier}"
     assert refusal(BiasAmplifier.from_run, run) == line
@@ -69,3 +72,10 @@ def test_a_report_of_an_unfinished_run(methods, tmp_path):
     run = stopped(tmp_path / "run", methods=methods)
     told = f"{run}: an unfinished run; the command that began it goes on"
     assert refusal(use_run.report, [str(run)]) == told
+
+
+def test_a_report_beside_a_run_of_the_same_folder(tmp_path):
+    run = stopped(tmp_path / "run")
+    with lock_folder(run):
+        told = f"{run}: another process is running here"
+        assert refusal(use_run.report, [str(run)]) == told

@@ -59,6 +59,7 @@ def test_a_run_from_before_these_fields_goes_on(tmp_path):
 
     def open_folder(config):
         folder = RunFolder(config, fingerprint="f", device="cpu", writes=True)
+        folder.lock()
         folder.open()
         return folder
 
