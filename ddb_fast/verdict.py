@@ -138,8 +138,8 @@ def sentences(verdict: Verdict, count: int) -> list[str]:
         f"A bias was found: {odd} of {count} training images ({100 * odd / count:.1f} %) are at "
         "odds with what most images of their class look like.",
         "Two networks that learnt from generated images alone take them for the same other class. "
-        f"Of all images on which either errs, both do alike on {share:.0f} % and a network trained "
-        "on the real images too.",
+        f"On {share:.0f} % of all images that either gets wrong, a network trained on the real "
+        "images makes the same mistake as both.",
         "Wrong labels look the same, and so do classes that cannot be told apart in some images: "
         "look at them before you act.",
     ]
