@@ -108,6 +108,17 @@ def _plain(
     return run
 
 
+def compile_options(mode: str) -> dict[str, Any]:
+    """What a mode of torch.compile stands for, but for its descent.
+
+    max-autotune descends from the fastest launch of each kernel along one coordinate after the
+    other and compiles every step where it stands: 15 to 60 s for a group norm beside others, more
+    than 400 s for the forward pass of a network.
+    """
+    options = torch._inductor.list_mode_options(mode)
+    return {k: x for k, x in options.items() if k != "coordinate_descent_tuning"}
+
+
 def norm_contenders(
     shape: shapes.GroupNorm, options: tuple[str, ...], device: torch.device, compile_mode: str
 ) -> tuple[list[Contender], dict[str, str]]:
@@ -129,7 +140,7 @@ def norm_contenders(
         found.append(Contender(f"eager/{layout}", plain, layout, cuda))
     for layout in LAYOUTS:
         plain = _plain(shape.g, options, layout, copies=False)
-        compiled = torch.compile(plain, mode=compile_mode, dynamic=False)
+        compiled = torch.compile(plain, options=compile_options(compile_mode), dynamic=False)
         found.append(Contender(f"compile/{layout}", compiled, layout, cuda))
     if options != ("silu",):
         return found, missing

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import measure
 import torch
+from contenders import compile_options
 from measure import Call, Timing
 from rows import Item, Row
 from torch import Tensor, nn
@@ -32,14 +33,8 @@ CLASSES = 2
 
 
 # max-autotune also compares templates of its own with cuBLAS and cuDNN, which took more than 220 s
-# for a part of the network: of 22 products it had kept the libraries' for 11 by then. And from the
-# fastest launch of each kernel it descends along one coordinate after the other, compiling every
-# step where it stands: the forward pass alone was not done after 400 s.
-_SHORTER = {
-    "max_autotune_gemm_backends": "ATEN",
-    "max_autotune_conv_backends": "ATEN",
-    "coordinate_descent_tuning": False,
-}
+# for a part of the network: of 22 products it had kept the libraries' for 11 by then.
+_LIBRARIES = {"max_autotune_gemm_backends": "ATEN", "max_autotune_conv_backends": "ATEN"}
 
 
 @dataclass(frozen=True)
@@ -112,8 +107,7 @@ def compiled(network: nn.Module, form: Form) -> nn.Module:
         return network
     if form.compiled != "max-autotune":
         return torch.compile(network, mode=form.compiled)
-    options = torch._inductor.list_mode_options(form.compiled)
-    return torch.compile(network, options={**options, **_SHORTER})
+    return torch.compile(network, options={**compile_options(form.compiled), **_LIBRARIES})
 
 
 @functools.cache
