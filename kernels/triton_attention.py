@@ -95,7 +95,8 @@ def backward_blocks(
     elif d > 128:
         of_queries, of_keys = Blocks(64, 32, 8), Blocks(32, 32, 8)
     elif d > 16:
-        of_queries, of_keys = Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 1 if d > 64 else 2)
+        stages = 1 if d > 64 else 2
+        of_queries, of_keys = Blocks(64, 64, 4, stages), Blocks(32, 64, 4, stages)
     else:
         # Every thread moves at least 16 bytes of each operand.
         of_queries = of_keys = Blocks(64, 64, 4)
