@@ -50,7 +50,12 @@ def test_other_shapes(shape):
     model, original = pair(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), nn.GroupNorm(2, 8)))
     x = torch.randn(shape)
     optimize(model)
-    torch.testing.assert_close(model(x), original(x))
+    try:
+        expected = original(x)
+    except RuntimeError as refusal:
+        # torch 2.14 takes no images without pixels.
+        pytest.skip(str(refusal))
+    torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize("wrapped", (False, True))
