@@ -3,13 +3,13 @@
 On a CPU they run in Triton's interpreter, for tests, when TRITON_INTERPRET=1 is in the environment.
 """
 
-import functools
 import os
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from . import tuned
 from .tracing import assume_constant_result, torch_operators_only
 
 _INSTALLED = find_spec("triton") is not None
@@ -25,7 +25,7 @@ def why_not(op: str, *arguments: Any) -> list[str]:
             return []
         if not torch.cuda.is_available():
             return ["there is no GPU, and TRITON_INTERPRET=1 is not set"]
-        old = _too_old(op, torch.cuda.current_device())
+        old = _too_old(op, torch.device("cuda", torch.cuda.current_device()))
         return [] if old is None else [old]
     device = arguments[0].device.type
     if device != ("cpu" if _INTERPRETED else "cuda"):
@@ -37,7 +37,7 @@ def why_not(op: str, *arguments: Any) -> list[str]:
         from . import triton_group_norm
 
         return triton_group_norm.why_not(*arguments)
-    if device == "cuda" and (old := _too_old(op, arguments[0].device.index)):
+    if device == "cuda" and (old := _too_old(op, arguments[0].device)):
         return [old]
     from . import triton_attention
 
@@ -46,19 +46,13 @@ def why_not(op: str, *arguments: Any) -> list[str]:
 
 # Dynamo cannot trace the question; as a constant of the trace it costs no graph break.
 @assume_constant_result
-def _too_old(op: str, index: int) -> str | None:
+def _too_old(op: str, device: torch.device) -> str | None:
     """Say why a GPU is too old for `op`: Triton knows no tensor cores before Ampere's."""
-    if op == "group_norm" or torch.version.hip is not None:
+    kind, _, capability = tuned.architecture(device).partition("_")
+    if op == "group_norm" or kind != "sm" or int(capability) >= 80:
         return None
-    major, minor = _capability(index)
-    if major >= 8:
-        return None
-    return f"its products need tensor cores of compute capability 8.0, this GPU has {major}.{minor}"
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    has = f"{capability[:-1]}.{capability[-1]}"
+    return f"its products need tensor cores of compute capability 8.0, this GPU has {has}"
 
 
 def _group_norm(*arguments: Any, **options: Any) -> Any:

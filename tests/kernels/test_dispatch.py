@@ -386,14 +386,14 @@ def test_launch_configurations_are_those_of_their_own_architecture(tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("capability", "attends"), (((7, 5), False), ((8, 0), True), ((12, 0), True))
+    ("arch", "attends"), (("sm_75", False), ("sm_80", True), ("sm_120", True), ("cuda", True))
 )
-def test_triton_attends_on_tensor_cores_only(capability, attends, monkeypatch):
+def test_triton_attends_on_tensor_cores_only(arch, attends, monkeypatch):
     """Without them a product is a loop of fp32 FMAs, or is not done compiling after minutes."""
     monkeypatch.setattr(triton_backend, "_INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(triton_backend, "_capability", lambda index: capability)
+    monkeypatch.setattr(tuned, "architecture", lambda device: arch)
     monkeypatch.setattr(triton_backend, "torch_operators_only", lambda x: [])
     q, x = (
         # All that is asked of a tensor; there need not be a GPU.
