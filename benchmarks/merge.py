@@ -1,6 +1,5 @@
 """Rows of the suite as Markdown: one page a part under results/<device>/."""
 
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -145,19 +144,19 @@ def _tune(found: list[Row]) -> str:
     body = []
     for (name, shape_class), part in groups.items():
         us = {row["backend"]: row["us"] for row in part if not row["configuration"]}
-        default = us.get("triton", math.inf)
+        default = us.get("triton")
         fastest: dict[str | None, Row] = {}
         for row in part:
-            if row["configuration"] and not tune.spills(row):
+            if default is not None and row["configuration"] and not tune.spills(row):
                 kernel = row.get("kernel")
                 if row["us"] < fastest.get(kernel, {"us": default})["us"]:
                     fastest[kernel] = row
-        best = default - sum(default - row["us"] for row in fastest.values())
+        best = default and default - sum(default - row["us"] for row in fastest.values())
         choice = "; ".join(
             " ".join(filter(None, (kernel, *(f"{k}={x}" for k, x in row["configuration"].items()))))
             for kernel, row in fastest.items()
         )
-        body.append((name, shape_class, us.get("torch"), us.get("triton"), best, choice))
+        body.append((name, shape_class, us.get("torch"), default, best, choice))
     return table(("what", "class", "torch us", "default us", "best us", "best"), body)
 
 

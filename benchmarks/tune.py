@@ -80,15 +80,16 @@ def trying(
         return configuration or None
 
     before, tuned.configuration = tuned.configuration, answer
-    _forget()
+    forget()
     try:
         yield asked
     finally:
         tuned.configuration = before
-        _forget()
+        forget()
 
 
-def _forget() -> None:
+def forget() -> None:
+    """Let every launch be chosen anew."""
     from ddb_fast.kernels import launch, triton_attention, triton_group_norm
 
     triton_group_norm._plan.cache_clear()

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
+from tune import forget
 
 from ddb_fast.kernels import tuned
 from ddb_fast.kernels.launch import Launch, recording
@@ -253,19 +254,13 @@ def _tuned() -> Iterator[Variant]:
 @contextmanager
 def _on(arch: str) -> Iterator[None]:
     """Launch as on a device of this architecture."""
-    from ddb_fast.kernels import triton_attention
-
-    def choose_anew() -> None:
-        triton_attention.forward_blocks.cache_clear()
-        triton_attention.backward_blocks.cache_clear()
-
     before, tuned.architecture = tuned.architecture, lambda device: arch
-    choose_anew()
+    forget()
     try:
         yield
     finally:
         tuned.architecture = before
-        choose_anew()
+        forget()
 
 
 def _wide_heads(x: Tensor) -> bool:
