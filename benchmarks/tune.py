@@ -31,12 +31,18 @@ from ddb_fast.kernels import dispatch, tuned
 # Two measurements of one call differ by less.
 NOISE = 1.03
 _DEFAULT: Mapping[str, int] = {}
-# What `kernels/triton_group_norm.py` and `kernels/triton_attention.py` take, besides their own
-# choice.
+# What `kernels/triton_group_norm_plan.py` and `kernels/triton_attention.py` take, besides their
+# own choice.
 _NORMS = (
     _DEFAULT,
     *({"split": 0, "num_warps": w, "stages": s} for w in (4, 8, 16) for s in (1, 3)),
     *({"split": 1, "num_warps": w, "unroll": u} for w in (4, 8) for u in (1, 2)),
+    *({"registers": elements} for elements in (8192, 16384)),
+    *(
+        {"once": ahead // tile, "tile": tile, "num_warps": w}
+        for w, tile in ((4, 4096), (4, 8192), (8, 16384))
+        for ahead in (2**16, 2**17)
+    ),
 )
 # What a tile holds is no matter of speed.
 _TILES = tuple({"num_warps": w} for w in (2, 4, 8))
@@ -90,9 +96,9 @@ def trying(
 
 def forget() -> None:
     """Let every launch be chosen anew."""
-    from ddb_fast.kernels import launch, triton_attention, triton_group_norm
+    from ddb_fast.kernels import launch, triton_attention, triton_group_norm_plan
 
-    triton_group_norm._plan.cache_clear()
+    triton_group_norm_plan._plan.cache_clear()
     triton_attention.forward_blocks.cache_clear()
     triton_attention.backward_blocks.cache_clear()
     launch._compiled.clear()
@@ -105,7 +111,7 @@ def norm_items(
     layouts: Sequence[str],
 ) -> Iterator[Item]:
     """Triton with every different configuration, and torch, on every shape, dtype and layout."""
-    from ddb_fast.kernels import triton_group_norm
+    from ddb_fast.kernels import triton_group_norm_plan
 
     kinds = itertools.product(dtypes, layouts, groups, (False, True))
     for dtype, layout, (_, shape), backward in kinds:
@@ -116,7 +122,7 @@ def norm_items(
             memory_format=contenders.LAYOUTS[layout],
         )
         plan = functools.partial(
-            triton_group_norm.plan, x, shape.g, backward=backward, dropout=False
+            triton_group_norm_plan.plan, x, shape.g, backward=backward, dropout=False
         )
         row = {
             "op": "group_norm", "shape": str(shape), "dtype": dtype, "layout": layout,

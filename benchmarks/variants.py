@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from tune import forget
+from tune import forget, trying
 
 from ddb_fast.kernels import tuned
 from ddb_fast.kernels.launch import Launch, recording
@@ -105,7 +105,7 @@ def recorded() -> list[Variant]:
     """Every different variant of the shipped kernels, with the calls that lead to it."""
     found: dict[tuple, Variant] = {}
     # Those for every architecture first: they stand for the same ones of a single architecture.
-    for one in (*_group_norms(), *_attentions(), *_tuned()):
+    for one in (*_group_norms(), *_once(), *_attentions(), *_tuned()):
         known = found.setdefault(one.key, one)
         if known is not one and one.labels[0] not in known.labels:
             known.labels.append(one.labels[0])
@@ -153,6 +153,21 @@ def _group_norms() -> Iterator[Variant]:
         label = f"group_norm {dtype} {layout} {options} {shape}"
         for launch in _group_norm(shape, DTYPES[dtype], layout, shapes.OPTIONS[options]):
             yield variant(launch, label, functools.partial(_wide_image, shape))
+
+
+def _once() -> Iterator[Variant]:
+    """What reads large images once and is launched only where a table says so, on any of them."""
+    cases = (
+        ("bf16", _ODD[0], "nhwc", "silu"),
+        ("bf16", _BRANCHES[0], "nhwc", "silu+pre_bias+dropout"),
+        ("bf16", _LARGE["bf16"][0], "nchw", "residual+return_sum"),
+        ("fp32", _ODD[0], "nhwc", "silu"),
+    )
+    for dtype, shape, layout, options in cases:
+        label = f"group_norm once {dtype} {layout} {options} {shape}"
+        with trying({"once": 8}, "group_norm"):
+            forward, *_ = _group_norm(shape, DTYPES[dtype], layout, shapes.OPTIONS[options])
+        yield variant(forward, label, functools.partial(_wide_image, shape))
 
 
 def _wide_image(shape: shapes.GroupNorm, x: Tensor) -> bool:
@@ -239,16 +254,39 @@ def _tuned() -> Iterator[Variant]:
     """What the tables of kernels/tuned/ put in the place of the kernels' own choice."""
     for path in sorted(tuned.FOLDER.glob("sm_*.json")):
         table = json.loads(path.read_text("utf-8"))["configurations"]
-        classes = {key for kernel in table.values() for key in kernel}
-        if "group_norm" in table:
-            raise ValueError(f"{path}: no shape is known for the classes of a group norm")
-        for key in sorted(classes):
+        norms = set(table.pop("group_norm", {}))
+        known = set()
+        for (_, shape), dtype, layout in itertools.product(
+            shapes.unique(shapes.GROUP_NORM), DTYPES, _LAYOUTS
+        ):
+            keys = _norm_keys(shape, DTYPES[dtype], layout)
+            known |= keys
+            # A table is measured with SiLU alone and counts for every call of the class.
+            for options in ("silu", *_MOST) if keys & norms else ():
+                with _on(path.stem):
+                    launches = _group_norm(shape, DTYPES[dtype], layout, shapes.OPTIONS[options])
+                label = f"{path.stem} group_norm {dtype} {layout} {options} {shape}"
+                for launch in launches:
+                    wide = functools.partial(_wide_image, shape)
+                    yield variant(launch, label, wide, path.stem)
+        if norms - known:
+            raise ValueError(f"{path}: no shape is known for {sorted(norms - known)}")
+        for key in sorted({key for kernel in table.values() for key in kernel}):
             dtype, _, length, width = key.split("/")
             shape = shapes.Attention(128, 1, int(length[1:]), int(width[1:]))
             with _on(path.stem):
                 launches = _attention(shape, DTYPES[dtype], "packed")
             for launch in launches:
                 yield variant(launch, f"{path.stem} {key}", _wide_heads, path.stem)
+
+
+def _norm_keys(shape: shapes.GroupNorm, dtype: torch.dtype, layout: str) -> set[str]:
+    """What a call and its gradients look up in a table."""
+    size = (shape.c, shape.h, shape.w)
+    return {
+        f"{tuned.group_norm_class(dtype, layout == 'nchw', size, backward)}/{shape.c // shape.g}"
+        for backward in (False, True)
+    }
 
 
 @contextmanager

@@ -1,26 +1,19 @@
-"""Triton's fused group norm: which kernels run with which blocks, and their launch."""
+"""Triton's fused group norm: the launch of its kernels, cut up as `triton_group_norm_plan` says."""
 
-import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference, tuned
+from . import reference
 from . import triton_group_norm_backward as backward_kernels
 from . import triton_group_norm_forward as forward_kernels
 from .fused_group_norm import Fused, Gradients, group_norm_with, register
-from .launch import launch, multiprocessors, power_of_two
+from .launch import launch, power_of_two
+from .triton_group_norm_once import forward_once
+from .triton_group_norm_plan import Plan, plan
 
-# The widest slab of whole groups one program takes; wider groups are split.
-MAX_SLAB = 512
-# Elements of a tile that is read once and stays in registers, four warps' worth.
-_IN_REGISTERS = 4096
-# Bytes of a slab that a GPU's L2 holds as often as programs run side by side.
-_IN_L2 = 2**17
 # One program combines all channels of a group, in the split regime.
 MAX_GROUP = 8192
 
@@ -37,134 +30,6 @@ def why_not(x: Tensor, num_groups: int) -> list[str]:
     return reasons
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How one tensor is cut up; `splits` 0 is the fused regime.
-
-    unroll: tiles whose loads are on their way together. stages: how many of these a loop fetches
-    ahead into shared memory, 1 for none.
-    """
-
-    slab_groups: int
-    slabs: int
-    splits: int
-    chunk: int
-    one_tile: bool
-    block_p: int
-    block_c: int
-    num_warps: int
-    unroll: int
-    stages: int
-    channels_last: bool
-
-
-def plan(x: Tensor, num_groups: int, *, backward: bool, dropout: bool) -> Plan:
-    """Choose regime, blocks and warps for x (N, C, H, W).
-
-    A slab is at least 64 bytes of channels wide, or 32 if it then stays in registers, in whole
-    16-byte vectors. Slabs of channels_last that are too large for what runs side by side to stay in
-    L2 are read twice from memory anyway, which whole rows do faster: they are split.
-    """
-    # Its answer is remembered: working it out costs the host as much as launching the kernel.
-    return _plan(
-        tuple(x.shape), x.dtype, x.is_contiguous(), x.device, num_groups, backward, dropout
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    contiguous: bool,
-    device: torch.device,
-    num_groups: int,
-    backward: bool,
-    dropout: bool,
-) -> Plan:
-    n, c, h, w = shape
-    hw, group, size = h * w, c // num_groups, dtype.itemsize
-    # With one pixel both layouts are the same memory, whose fast axis is the channels'.
-    channels_last = not contiguous or hw == 1
-    # Dropout draws for whole blocks of eight channels.
-    multiple = 8 if dropout else math.gcd(c, 16 // size)
-    narrowest = 8 if channels_last or dropout else 4
-
-    def width(bytes_wide: int) -> int:
-        """Groups of the narrowest slab that may be so narrow."""
-        for count in range(1, num_groups):
-            slab = count * group
-            wide = slab * size >= bytes_wide or (not channels_last and slab * hw * size >= 4096)
-            if wide and slab % multiple == 0:
-                return count
-        return num_groups
-
-    def block(slab_groups: int) -> int:
-        return max(narrowest, power_of_two(slab_groups * group))
-
-    def in_registers(slab_groups: int) -> bool:
-        return power_of_two(hw) * block(slab_groups) <= _IN_REGISTERS
-
-    wide, narrow = width(64), width(32)
-    slab_groups = narrow if in_registers(narrow) and not in_registers(wide) else wide
-    one_tile = in_registers(slab_groups)
-    slab = slab_groups * group
-    slabs = -(-num_groups // slab_groups)
-    target = 2 * multiprocessors(device)
-    too_few = n * slabs < target and not one_tile
-    too_large = channels_last and hw * slab * size > _IN_L2
-    name = tuned.group_norm_class(dtype, contiguous, shape[1:], backward)
-    asked = tuned.configuration("group_norm", device, f"{name}/{group}") or {}
-    split = slab > MAX_SLAB or asked.get("split", too_few or too_large)
-    if split and (hw > 1 or slab > MAX_SLAB):
-        return _split_plan(n, c, hw, size, channels_last, target, backward, asked)
-    block_c = block(slab_groups)
-    if one_tile:
-        block_p = power_of_two(hw)
-        warps = max(1, block_p * block_c // 1024)
-        return Plan(slab_groups, slabs, 0, hw, True, block_p, block_c, warps, 1, 1, channels_last)
-    slab_bytes = hw * slab * size
-    warps = 16 if slab_bytes > _IN_L2 else 8 if slab_bytes > 2**15 else 4
-    warps = asked.get("num_warps", warps)
-    block_p = max(1, min(power_of_two(hw), _tile(warps, size) // block_c))
-    unroll, stages = asked.get("unroll", 2), asked.get("stages", 3)
-    return Plan(
-        slab_groups, slabs, 0, hw, False, block_p, block_c, warps, unroll, stages, channels_last
-    )
-
-
-def _tile(warps: int, size: int) -> int:
-    """Elements of a tile with 16 bytes for each thread.
-
-    Three operands of two tiles each, fetched two steps ahead, are then 96 KiB with 16 warps, which
-    is what the smallest of today's GPUs have room for.
-    """
-    return warps * 32 * (16 // size)
-
-
-def _split_plan(
-    n: int,
-    c: int,
-    hw: int,
-    size: int,
-    channels_last: bool,
-    target: int,
-    backward: bool,
-    asked: Mapping[str, int],
-) -> Plan:
-    block_c = min(max(8, power_of_two(c)), (256 if channels_last else 32) // size)
-    warps = asked.get("num_warps", 8 if channels_last and backward and c >= 256 else 4)
-    block_p = min(max(16, _tile(warps, size) // block_c), max(16, power_of_two(hw)))
-    slabs = -(-c // block_c)
-    # Twice the multiprocessors' worth of programs, but no chunk below one tile.
-    splits = max(1, min(-(-2 * target // max(1, n * slabs)), -(-hw // block_p)))
-    chunk = -(-hw // (splits * block_p)) * block_p
-    unroll, stages = asked.get("unroll", 2 if backward else 1), asked.get("stages", 3)
-    splits = -(-hw // chunk)
-    return Plan(
-        0, slabs, splits, chunk, False, block_p, block_c, warps, unroll, stages, channels_last
-    )
-
-
 def _constants(x: Tensor, num_groups: int, cut: Plan) -> tuple[dict[str, int], dict[str, Any]]:
     """What every kernel takes: (arguments, constants)."""
     c, hw = x.shape[1], x.shape[2] * x.shape[3]
@@ -172,6 +37,21 @@ def _constants(x: Tensor, num_groups: int, cut: Plan) -> tuple[dict[str, int], d
     arguments = {"c_units": c // vec_c, "hw_units": hw // vec_p}
     constants = {"VEC_C": vec_c, "VEC_P": vec_p, "CG": c // num_groups}
     return arguments, constants
+
+
+def _in_turn(x: Tensor, cut: Plan) -> tuple[tuple[int], dict[str, Tensor | int], dict[str, int]]:
+    """(grid, arguments, constants) of the kernel whose programs wait for earlier ones."""
+    n, tasks = x.shape[0], cut.slabs * cut.splits
+    block_g = power_of_two(cut.slab_groups)
+    # The sums of a slab's tiles in one go, as far as they fit: others wait for what they give.
+    block_s = min(power_of_two(cut.splits), max(1, cut.num_warps * 512 // block_g))
+    arguments = {
+        "p_partial": x.new_empty((n, tasks, 2, block_g), dtype=torch.float32),
+        "p_arrived": x.new_zeros((n, cut.slabs), dtype=torch.int32),
+        "samples": n, "slabs": cut.slabs, "splits": cut.splits, "lag": cut.lag,
+    }  # fmt: skip
+    constants = {"SLAB_GROUPS": cut.slab_groups, "BLOCK_G": block_g, "BLOCK_S": block_s}
+    return (2 * (n + cut.lag) * tasks,), arguments, constants
 
 
 def _row(x: Tensor | None) -> int:
@@ -217,6 +97,17 @@ def forward(
     rows = {**pre_row, "scale_row": _row(scale), "shift_row": _row(shift)}
     slabs, groups = {"slabs": cut.slabs}, {"num_groups": num_groups}
     dropout = {"threshold": threshold, "keep_scale": keep_scale}
+    if cut.lag:
+        grid, turns, blocks = _in_turn(x, cut)
+        launch(
+            forward_once,
+            grid,
+            {**inputs, **affine, "p_seed": seed, **outputs, **turns, **rows, **sizes, **groups,
+             "eps": eps, **dropout},
+            {**shared, **tile, **blocks, "SILU": silu},
+            num_warps=cut.num_warps,
+        )  # fmt: skip
+        return y, total, mean, rstd
     if not cut.splits:
         launch(
             forward_kernels.forward_fused,
