@@ -56,15 +56,27 @@ class GroupDRO(nn.Module):
 
     def forward(self, logits: Tensor, y: Tensor, index: Tensor) -> Tensor:
         losses = sample_losses(logits, y)
-        # A dense (num_groups, n) mask: unlike index_add it is deterministic on every device.
-        member = self.groups[index] == torch.arange(
-            len(self.log_weights), device=losses.device
-        ).unsqueeze(1)
-        sums = torch.where(member, losses, 0.0).sum(dim=1)
-        totals, counts = sum_over_ranks(torch.stack([sums, member.sum(dim=1).to(sums)]))
+        sums, counts = _by_group(losses, self.groups[index], len(self.log_weights))
+        totals, counts = sum_over_ranks(torch.stack([sums, counts]))
         counts = counts.clamp_min(1)
         gain = self.step_size * (totals / counts + self.margin)
         self.log_weights.copy_((self.log_weights + gain).log_softmax(dim=0))
         q = self.group_weights
         # Times the number of ranks, because gradients are averaged over ranks.
         return world_size() * (q / counts * sums).sum() + (q * self.margin).sum()
+
+
+def _by_group(losses: Tensor, own: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Sum of the losses (n,) and count of the samples in each of `number` groups, `own` (n,)."""
+    # Dense masks: unlike index_add of the losses they are deterministic on every device.
+    groups = torch.arange(number, device=own.device) if number <= len(own) else own
+    member = own == groups.unsqueeze(1)
+    if number > len(own):
+        # A row a sample, for 1,000 classes x predictions are 1,000,000 groups. A group's first
+        # sample stands for it, so whatever else is added to its sum below is 0.
+        member &= ~member.tril(-1).any(dim=1, keepdim=True)
+    sums = torch.where(member, losses, 0.0).sum(dim=1)
+    counts = member.sum(dim=1).to(sums)
+    if number > len(own):
+        sums, counts = (x.new_zeros(number).index_add(0, own, x) for x in (sums, counts))
+    return sums, counts

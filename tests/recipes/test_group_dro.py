@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddb_fast.recipes import GroupDRO
+from ddb_fast.recipes import GroupDRO, group_dro
 
 # Three groups of 4, 2 and 1 training samples.
 GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 2])
@@ -126,3 +126,25 @@ def test_a_step_reads_no_value_back_to_the_host():
 def test_bad_arguments_are_named(groups, options, message):
     with pytest.raises(ValueError, match=message):
         GroupDRO(groups, 3, **options)
+
+
+def test_more_groups_than_samples_are_summed_as_few_are_without_a_mask_of_all(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    losses = torch.rand(5, generator=generator, requires_grad=True)
+    own = torch.tensor([6, 2, 6, 0, 2])
+    cells, where = [], torch.where
+
+    def counted(condition, *branches):
+        cells.append(condition.numel())
+        return where(condition, *branches)
+
+    monkeypatch.setattr(torch, "where", counted)
+    found = group_dro._by_group(losses, own, 1000)
+    assert max(cells) <= 5 * 5
+    dense = group_dro._by_group(losses, torch.tensor([2, 1, 2, 0, 1]), 3)
+    for many, few in zip(found, dense, strict=True):
+        assert many[[0, 2, 6]].equal(few)
+        assert many.sum() == few.sum()
+    weight = torch.rand(1000, generator=generator)
+    (gradient,) = torch.autograd.grad(found[0] @ weight, losses)
+    assert gradient.equal(weight[own])
