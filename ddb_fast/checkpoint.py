@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,24 @@ def _whole(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
     """Write a whole file or nothing; OSError, which names it, when the disk refuses.
 
-    A link stays: the file that it names is written. What is there and no regular file, a device or
-    a pipe, is written to as it is.
+    content: or its parts, which need not all be in memory. A link stays: the file that it names is
+    written. What is there and no regular file, a device or a pipe, is written to as it is.
     """
-    data = content.encode() if isinstance(content, str) else content
+    parts = [content] if isinstance(content, str | bytes) else content
+
+    def write(target: Path) -> None:
+        with target.open("wb") as file:
+            for part in parts:
+                file.write(part.encode() if isinstance(part, str) else part)
+
     if path.exists() and not path.is_file():
-        path.write_bytes(data)
+        write(path)
         return
     with _whole(Path(os.path.realpath(path))) as temporary:
-        temporary.write_bytes(data)
+        write(temporary)
 
 
 @contextlib.contextmanager

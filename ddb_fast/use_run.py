@@ -128,7 +128,7 @@ def score(argv: Sequence[str], *, prog: str = "ddb-fast score") -> int:
     corrupt = arguments.corrupt or run.config.data.corrupt
     table = apply.score(run, data, corrupt=corrupt, device=device)
     if arguments.out is None:
-        sys.stdout.write(table.text(form))
+        sys.stdout.writelines(table.parts(form))
     else:
         table.write(arguments.out, form)
     return 0

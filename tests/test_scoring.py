@@ -11,10 +11,12 @@ import torch
 from sklearn.metrics import accuracy_score
 from torch import nn
 
+from ddb_fast import scoring
 from ddb_fast.config import ClassifierConfig, PseudoLabelConfig
 from ddb_fast.data.store import Split
 from ddb_fast.scoring import (
     COLUMNS,
+    ScoreTable,
     joined,
     read_scores,
     score_split,
@@ -180,6 +182,27 @@ def test_json_is_a_list_of_rows(table, tmp_path):
     assert [row["path"] for row in rows] == table.path.tolist()
     assert rows[1]["pseudo_conflicting"] is True and rows[0]["y"] == 0
     assert [row["score"] for row in rows] == table.score.tolist()
+
+
+def test_a_table_becomes_text_some_rows_at_a_time(table, statistics, tmp_path, monkeypatch):
+    """All cells at once as Python objects took gigabytes where there are 1,000 classes."""
+    blind = table_of(logits_of_losses([0, 1, 1], [0.2, 0.9, 0.3]), statistics, paths=[*"abc"])
+    cases = [(one, form) for one in (table, blind) for form in ("csv", "json")]
+    whole = [one.text(form) for one, form in cases]
+    converted, cells = [], ScoreTable.columns
+
+    def counted(self, **options):
+        converted.append(len(self))
+        return cells(self, **options)
+
+    monkeypatch.setattr(scoring, "_AT_ONCE", 2)
+    monkeypatch.setattr(ScoreTable, "columns", counted)
+    for (one, form), expected in zip(cases, whole, strict=True):
+        one.write(tmp_path / "scores", form)
+        assert (tmp_path / "scores").read_bytes().decode() == expected == one.text(form)
+    assert set(converted) == {1, 2}
+    empty = table.where(np.array([], dtype=int))
+    assert json.loads(empty.text("json")) == [] and len(empty.text().splitlines()) == 1
 
 
 def test_parquet_keeps_types(table, tmp_path):
