@@ -361,25 +361,27 @@ def read_scores(path: Path, split: str = "train", *, images: int | None = None) 
     images: of how many the table is, with those of other splits, where that is known: ValueError
     for another number of rows, which a table that was cut between two of them has.
     """
+    count, y, predicted, loss, score, conflicting = 0, [], [], [], [], []
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            table = list(csv.DictReader(file))
-        rows = [row for row in table if row["split"] == split]
-        if not rows:
+            # As they are read: rows as dictionaries take ten times what is kept of them.
+            for row in csv.DictReader(file):
+                count += 1
+                if row["split"] == split:
+                    y.append(int(row["y"]))
+                    predicted.append(int(row["predicted"]))
+                    loss.append(float(row["loss"]))
+                    score.append(float(row["score"]))
+                    conflicting.append(row["pseudo_conflicting"] == "1")
+        if not conflicting:
             raise KeyError(split)
-        scores = Scores(
-            y=torch.tensor([int(r["y"]) for r in rows]),
-            predicted=torch.tensor([int(r["predicted"]) for r in rows]),
-            loss=torch.tensor([float(r["loss"]) for r in rows]),
-            score=torch.tensor([float(r["score"]) for r in rows]),
-            conflicting=torch.tensor([r["pseudo_conflicting"] == "1" for r in rows]),
-        )
+        scores = Scores(*map(torch.tensor, (y, predicted, loss, score, conflicting)))
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         why = f"{type(error).__name__}: {error}"  # its repr may hold the whole file
         raise ValueError(f"{path}: not a table of scores with labels ({why})") from None
-    if images is not None and len(table) != images:
+    if images is not None and count != images:
         raise ValueError(
-            f"{path}: {len(table)} rows, but the run has {images} images: cut short, or of others; "
+            f"{path}: {count} rows, but the run has {images} images: cut short, or of others; "
             "restore it, or begin again with another --out"
         )
     return scores
