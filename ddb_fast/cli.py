@@ -43,9 +43,48 @@ def use_run(argv: Sequence[str], command: str) -> int:
 
 
 def export(argv: Sequence[str]) -> int:
-    from ddb_fast.export import main as export_main
+    from ddb_fast.config import METHODS
 
-    return export_main(argv, prog="ddb-fast export")
+    parser = OneLineParser(
+        prog="ddb-fast export", description="Take one model out of a run's folder."
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", metavar="DIR", required=True, help="a new folder, or an empty one")
+    parser.add_argument(
+        "--model", choices=("classifier", "amplifier", "diffusion"), default="classifier"
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        metavar="METHOD",
+        help="whose classifier; may be left out where the run debiased by one method only",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of the classifier; the run's first")
+    parser.add_argument(
+        "--format",
+        choices=("pretrained", "torch-export", "onnx"),
+        default="pretrained",
+        help="pretrained: weights, config.json and model card, for from_pretrained and the Hub; "
+        "torch-export: model.pt2; onnx: model.onnx",
+    )
+    arguments = parser.parse_args(argv)
+
+    from ddb_fast import export
+    from ddb_fast.pretrained import BiasAmplifier, Classifier, Generator
+
+    if arguments.model == "classifier":
+        model = Classifier.from_run(arguments.run, method=arguments.method, seed=arguments.seed)
+    elif arguments.method is not None or arguments.seed is not None:
+        raise ValueError(f"--method and --seed are of classifiers; a run has one {arguments.model}")
+    else:
+        model = (BiasAmplifier if arguments.model == "amplifier" else Generator).from_run(
+            arguments.run
+        )
+    said = export.export(model, Path(arguments.out), format=arguments.format)
+    method, seed = model.description["run"]["method"], model.description["run"]["seed"]
+    which = f"{method} seed {seed}" if arguments.model == "classifier" else arguments.model
+    print(f"{arguments.out}: {which}, {arguments.format}; {said}")
+    return 0
 
 
 def completion(argv: Sequence[str]) -> int:
@@ -92,17 +131,18 @@ def show_data(argv: Sequence[str]) -> int:
     from dataclasses import replace
 
     from ddb_fast.config import DataConfig
-    from ddb_fast.data.benchmarks import BENCHMARKS
-    from ddb_fast.data.sources import describe, open_listing
-    from ddb_fast.data.store import broken_images
     from ddb_fast.presets import PRESETS
+    from ddb_fast.use_run import SOURCES
 
     parser = OneLineParser(prog="ddb-fast data", description=COMMANDS["data"])
     parser.add_argument("path", help="an image folder or a CSV; `digits` for the embedded set")
     parser.add_argument(
-        "--as", dest="source", choices=("auto", "folder", "csv", *BENCHMARKS), default="auto",
+        "--as",
+        dest="source",
+        choices=[name for name in SOURCES if name != "digits"],
+        default="auto",
         help="what lies there (auto: a folder or a CSV)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--rho", type=float, help="share of aligned images, where there is a choice"
     )
@@ -110,6 +150,9 @@ def show_data(argv: Sequence[str]) -> int:
         "--check", action="store_true", help="decode every image; exit 2 if one cannot be read"
     )
     arguments = parser.parse_args(argv)
+
+    from ddb_fast.data.sources import describe, open_listing
+    from ddb_fast.data.store import broken_images
 
     source, path = arguments.source, arguments.path
     if path == "digits" and source == "auto":

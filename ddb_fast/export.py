@@ -8,21 +8,17 @@ the model before its folder takes its name.
 import copy
 import importlib.util
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ddb_fast.arguments import OneLineParser
 from ddb_fast.checkpoint import whole_folder, write_atomically
-from ddb_fast.config import METHODS
 from ddb_fast.data.pixels import value_range
 from ddb_fast.pretrained import DESCRIPTION, BiasAmplifier, Classifier, Generator
 
-MODELS = ("classifier", "amplifier", "diffusion")
 PROGRAMS = {"torch-export": "model.pt2", "onnx": "model.onnx"}
-FORMATS = ("pretrained", *PROGRAMS)
 TOLERANCE = 1e-5
 """Largest difference of a logit, in units of the largest logit where that exceeds 1."""
 
@@ -138,39 +134,3 @@ def _write(model: Classifier | BiasAmplifier | Generator, folder: Path, format: 
     write_atomically(folder / "README.md", str(model.generate_model_card(file=name)))
     model.save_description(folder)
     return said
-
-
-def main(argv: Sequence[str], *, prog: str = "ddb-fast export") -> int:
-    """Export from arguments; a user's error is a ValueError of one line."""
-    parser = OneLineParser(prog=prog, description="Take one model out of a run's folder.")
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", metavar="DIR", required=True, help="a new folder, or an empty one")
-    parser.add_argument("--model", choices=MODELS, default="classifier")
-    parser.add_argument(
-        "--method",
-        choices=METHODS,
-        metavar="METHOD",
-        help="whose classifier; may be left out where the run debiased by one method only",
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="of the classifier; the run's first")
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="pretrained",
-        help="pretrained: weights, config.json and model card, for from_pretrained and the Hub; "
-        "torch-export: model.pt2; onnx: model.onnx",
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.model == "classifier":
-        model = Classifier.from_run(arguments.run, method=arguments.method, seed=arguments.seed)
-    elif arguments.method is not None or arguments.seed is not None:
-        raise ValueError(f"--method and --seed are of classifiers; a run has one {arguments.model}")
-    else:
-        model = (BiasAmplifier if arguments.model == "amplifier" else Generator).from_run(
-            arguments.run
-        )
-    said = export(model, Path(arguments.out), format=arguments.format)
-    method, seed = model.description["run"]["method"], model.description["run"]["seed"]
-    which = f"{method} seed {seed}" if arguments.model == "classifier" else arguments.model
-    print(f"{arguments.out}: {which}, {arguments.format}; {said}")
-    return 0

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -49,6 +50,15 @@ def ask(scripts):
         return done.stdout.split()
 
     return answer
+
+
+def test_no_parser_waits_for_torch():
+    """Nor does any command's --help, which needs its parser alone."""
+    code = (
+        "import sys; from ddb_fast import completion; completion.main(['bash']);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -16,8 +16,9 @@ import small
 from ddb_fast import export as module
 from ddb_fast.checkpoint import load_tensors
 from ddb_fast.classification import load_classifier, logits_of
+from ddb_fast.cli import export as main
 from ddb_fast.config import ClassifierConfig
-from ddb_fast.export import export, main
+from ddb_fast.export import export
 from ddb_fast.generator import read_diffusion_config
 from ddb_fast.pretrained import BiasAmplifier, Classifier, Generator
 
