@@ -147,7 +147,8 @@ def sample(
     for name in classes or ():
         if name not in names:
             raise ValueError(f"{path}: generates no class {name!r}, only {', '.join(names)}")
-    chosen = [name for name in names if name in (classes or names)]
+    asked = set(classes or names)
+    chosen = [name for name in names if name in asked]
     if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale >= 0):
         raise ValueError(f"guidance scale {guidance_scale}: must be at least 0 (1: no guidance)")
     labels, seeds = plan(
@@ -155,7 +156,8 @@ def sample(
         own.per_class if per_class is None else per_class,
         own_seed if seed is None else seed,
     )
-    wanted = torch.tensor([k for k, y in enumerate(labels.tolist()) if names[y] in chosen])
+    is_chosen = torch.tensor([name in asked for name in names])
+    wanted = is_chosen[labels].nonzero()[:, 0]
     size = own.batch_size
     if len(wanted) < own.per_class * len(names):
         size = min(size, len(wanted))
