@@ -27,6 +27,9 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Build `ext` where setuptools expects it."""
+        target = Path(self.get_ext_fullpath(ext.name))
+        # Where this build fails, an earlier one's library must not go with today's Python.
+        target.unlink(missing_ok=True)
         try:
             from torch.utils.cpp_extension import include_paths, library_paths
         except ImportError as error:
@@ -36,15 +39,21 @@ class CMakeBuild(build_ext):
         if shutil.which("cmake") is None:
             raise CompileError("cmake is needed")
         build = Path(self.build_temp).resolve()
+        # It may be of another folder, or of a torch that is gone.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         run(
             "cmake", "-S", ROOT, "-B", build,
             f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
             f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}",
         )  # fmt: skip
         run("cmake", "--build", build, "--parallel")
-        target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(build / "_native.so", target)
+
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable install: the library into `kernels/`, whose older one goes in any case."""
+        (ROOT / "kernels" / "_native.so").unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
 
 def run(*command: str | Path) -> None:

@@ -367,8 +367,17 @@ def test_a_build_that_fails_says_why_and_installs_the_rest(tmp_path, broken):
     if broken == "cmake":
         (tmp_path / "empty").mkdir()
         environment["PATH"] = str(tmp_path / "empty")
+    # What earlier builds left, in this folder before it was moved.
+    older = [tmp_path / "build" / "lib" / "ddb_fast" / "kernels", tmp_path / "kernels"]
+    for folder in older:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "_native.so").write_bytes(b"of older sources")
+    cache = tmp_path / "build" / "temp" / "CMakeCache.txt"
+    cache.parent.mkdir()
+    cache.write_text("CMAKE_HOME_DIRECTORY:INTERNAL=/elsewhere\n", "utf-8")
+    build = ["build", "--build-lib=build/lib", "--build-temp=build/temp", "build_ext", "--inplace"]
     done = subprocess.run(
-        [sys.executable, "setup.py", "build"],
+        [sys.executable, "setup.py", *build],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -379,6 +388,5 @@ def test_a_build_that_fails_says_why_and_installs_the_rest(tmp_path, broken):
     said = "is not able to compile" if broken == "compiler" else "cmake is needed"
     failed = [line for line in done.stderr.splitlines() if 'building extension "' in line]
     assert len(failed) == 1 and "_native" in failed[0] and said in failed[0], done.stderr
-    library = next((tmp_path / "build").glob("lib*"))
-    assert (library / "ddb_fast" / "kernels" / "native.py").exists()
+    assert (older[0] / "native.py").exists()
     assert not list(tmp_path.rglob("_native.so"))
