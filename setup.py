@@ -72,7 +72,7 @@ setup(
         "ddb_fast.kernels",
     ],
     package_dir=PACKAGE_DIR,
-    package_data={"ddb_fast": ["*.j2"], "ddb_fast.kernels": ["tuned/*.json"]},
+    package_data={"ddb_fast": ["*.j2", "py.typed"], "ddb_fast.kernels": ["tuned/*.json"]},
     include_package_data=False,
     ext_modules=[
         Extension(
