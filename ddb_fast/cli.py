@@ -27,7 +27,6 @@ COMMANDS = {
 
 _NO_ROOM = ("can't start new thread", "can't allocate memory", "out of memory")
 """What Python and PyTorch say where threads or memory run out, in errors without a class."""
-USE_A_RUN = ("report", "score", "evaluate", "sample")
 
 
 def run(argv: Sequence[str]) -> int:
