@@ -23,7 +23,7 @@ from ddb_fast.checkpoint import write_atomically
 from ddb_fast.config import ClassifierConfig, PseudoLabelConfig
 from ddb_fast.data.augment import amplifier_view, centre
 from ddb_fast.data.pixels import normalise
-from ddb_fast.data.store import Split, gather
+from ddb_fast.data.store import gather
 from ddb_fast.recipes import pseudo_groups
 
 logger = logging.getLogger(__name__)
@@ -318,30 +318,6 @@ def table_of(
         probabilities=logits.double().softmax(1).numpy(),
         **{name: column.numpy() for name, column in verdict.items()},
     )
-
-
-def score_split(
-    network: nn.Module,
-    config: ClassifierConfig,
-    images: Split | Tensor,
-    statistics: Statistics,
-    *,
-    y: Tensor | None = None,
-    paths: Sequence[str] | None = None,
-    split: str = "",
-    device: torch.device | str = "cpu",
-) -> ScoreTable:
-    """Ask an amplifier about images: a Split, which brings labels and paths, or pixels.
-
-    images: or uint8 (N, S, S, 3), the whole of each at the generator's size, as a Split's `small`;
-    y: (N,) int64; paths default to the numbers of the images. split: written into that column.
-    """
-    if isinstance(images, Split):
-        images, y, paths = images.small, images.y, images.paths
-    elif paths is None:
-        paths = [str(i) for i in range(len(images))]
-    logits = logits_of(network, images, config, device=torch.device(device), crop=False)
-    return table_of(logits, statistics, paths=paths, split=split, y=y)
 
 
 def joined(tables: Sequence[ScoreTable]) -> ScoreTable:

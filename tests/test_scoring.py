@@ -14,13 +14,12 @@ from torch import nn
 
 from ddb_fast import scoring
 from ddb_fast.config import ClassifierConfig, PseudoLabelConfig
-from ddb_fast.data.store import Split
 from ddb_fast.scoring import (
     COLUMNS,
     ScoreTable,
     joined,
+    logits_of,
     read_scores,
-    score_split,
     table_format,
     table_of,
     training_statistics,
@@ -101,25 +100,22 @@ class Answers(nn.Module):
         return self.logits[(x[:, 0, 0, 0] * 127.5 + 127.5).round().long()]
 
 
-def test_a_split_and_plain_pixels_are_asked_alike(statistics):
+def test_more_images_than_a_batch_are_asked_in_their_order(statistics):
     y = torch.arange(300) % 2
     losses = torch.linspace(0.01, 2, 300).tolist()
     network = Answers(logits_of_losses(y.tolist(), losses)[:256])
     grey = torch.arange(300).remainder(256).byte()
     pixels = grey.view(-1, 1, 1, 1).expand(-1, 8, 8, 3)
-    paths = tuple(f"{i}.png" for i in range(300))
-    split = Split(paths=paths, y=y, a=None, small=pixels, large=pixels)
-    table = score_split(network, CONFIG, split, statistics, split="val")
-    assert table.path.tolist() == list(paths) and set(table.split) == {"val"}
+    logits = logits_of(network, pixels, CONFIG, device=torch.device("cpu"), crop=False)
+    paths = [f"{i}.png" for i in range(300)]
+    table = table_of(logits, statistics, paths=paths, split="val", y=y)
+    assert table.path.tolist() == paths and set(table.split) == {"val"}
     assert table.loss[:256] == pytest.approx(losses[:256], rel=1e-5)
-    again = score_split(network, CONFIG, pixels, statistics, y=y, paths=paths, split="val")
-    assert again.text() == table.text()
-    blind = score_split(network, CONFIG, pixels, statistics)
-    assert blind.path[7] == "7" and blind.score is None
+    blind = table_of(logits, statistics, paths=paths)
+    assert blind.path[7] == "7.png" and blind.score is None
     assert np.array_equal(blind.probabilities, table.probabilities)
-    wrong = torch.full((300,), 2)
     with pytest.raises(ValueError, match="not of 2 classes"):
-        score_split(network, CONFIG, pixels, statistics, y=wrong)
+        table_of(logits, statistics, paths=paths, y=torch.full((300,), 2))
 
 
 @pytest.fixture
