@@ -120,10 +120,8 @@ def _logarithmic(axes: Axes, steps: Sequence[int]) -> None:
     axes.yaxis.set_minor_formatter("")
 
 
-def _named_line(axes: Axes, x: float, name: str) -> None:
-    axes.axvline(x, color=INK, linestyle="--", linewidth=1.2)
-    place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-    axes.annotate(name, (x, 1), xytext=(4, -2), va="top", **place)
+def _line(axes: Axes, x: float, **options) -> None:
+    axes.axvline(x, color=INK, linestyle="--", linewidth=1.2, **options)
 
 
 def scores(score: np.ndarray, flagged: np.ndarray, threshold: float | None) -> str:
@@ -152,9 +150,10 @@ def scores(score: np.ndarray, flagged: np.ndarray, threshold: float | None) -> s
         axes.set_xticks(ticks, labels=[f"{t:,.0f}" for t in ticks])
         axes.set_xticks([], minor=True)
         if threshold is not None:
-            _named_line(axes, threshold, f"threshold {threshold:g}")
+            _line(axes, threshold, label=f"threshold {threshold:g}")
         axes.set(xlabel="score: how far an image is at odds with its class", ylabel="images")
-        axes.legend(loc="upper right")
+        # Above the axes: bars and the threshold may be anywhere within.
+        figure.legend(loc="outside upper right", ncols=3)
         label = (
             f"Histogram of the scores of {len(score)} images, {int(flagged.sum())} of them flagged"
         )
@@ -232,7 +231,9 @@ def nearness(histogram: dict[str, list[int]], width: float) -> str:
                 edges = width * np.arange(len(bins) + 1)
                 share = 100 * bins / bins.sum()
                 axes.stairs(share, edges, color=colour, linestyle=style, lw=1.5, label=label)
-        _named_line(axes, 1, "limit")
+        _line(axes, 1)
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate("limit", (1, 1), xytext=(4, -2), va="top", **place)
         axes.set_xlim(left=0)
         axes.set_ylim(0, 1.4 * axes.dataLim.ymax)  # room for the legend
         axes.set(xlabel="distance to the nearest training image, 1 = the limit", ylabel="images, %")

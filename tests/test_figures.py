@@ -68,6 +68,12 @@ def test_the_histogram_parts_flagged_images_and_marks_the_threshold():
     assert {"threshold 3", "flagged", "not flagged", "0", "10", "100"} <= set(texts(svg))
     assert "100 images, 4 of them flagged" in svg
     assert "threshold 3" not in texts(figures.scores(SCORE, SCORE > 3, None))
+    # Nothing is written over the bars or the threshold's line, wherever they are.
+    near = ElementTree.fromstring(figures.scores(SCORE.clip(max=5), SCORE > 3, 3.0))
+    line = next(e for e in near.iter("path") if "dasharray" in (e.get("style") or ""))
+    top = min(float(y) for y in re.findall(r"[ML] \S+ (\S+)", line.get("d")))
+    legend = [float(e.get("y")) for e in near.iter("text") if e.text.endswith(("flagged", "d 3"))]
+    assert len(legend) == 3 and max(legend) < top
     # One value, or none flagged, is a histogram too.
     assert bars(figures.scores(np.zeros(5), np.zeros(5, bool), 3.0), "var(--odd)") == []
 
