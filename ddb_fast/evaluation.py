@@ -125,22 +125,23 @@ def _warn_of_trained(run: FinishedRun, name: str, entries: Sequence[Entry]) -> N
     """A warning where images that are not called train are files that the run was trained on.
 
     What is held out goes by the spelling of paths, so the same files in another table or folder are
-    divided in another way.
+    divided in another way. Where images came or went since, it is nearly those that the run would
+    be trained on now: new ones move few old ones.
     """
     try:
         own = open_listing(run.config.data)
     except (ValueError, OSError):
         return
-    if own.fingerprint != run.fingerprint:
-        return
+    changed = own.fingerprint != run.fingerprint
     files = [(e.split, e.pixels) for e in own.entries if isinstance(e.pixels, Path)]
     trained = {realpath(file) for split, file in files if split == "train"}
     files = [e.pixels for e in entries if e.split != "train" and isinstance(e.pixels, Path)]
     if count := sum(realpath(file) in trained for file in files):
         logger.warning(
-            "%s: the run was trained on %d of the %d images evaluated, so figures flatter; "
+            "%s: the run was %strained on %d of the %d images evaluated, so figures flatter; "
             "evaluate its own images without --data, or name the splits",
             name,
+            "probably (its own images have changed) " if changed else "",
             count,
             len(entries),
         )

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from three_digits import near, read_table, train, write_photos, write_table
 
 from ddb_fast import use_run
 from ddb_fast.classification import load_classifier
+from ddb_fast.config import DataConfig
+from ddb_fast.data.sources import open_listing
+from ddb_fast.evaluation import _warn_of_trained
 from ddb_fast.metrics import wilson_interval
 from ddb_fast.presets import PRESETS
 from ddb_fast.scoring import logits_of
@@ -155,6 +159,19 @@ def test_training_images_under_another_name_are_told_of(run, photos, capsys, cap
         )  # fmt: skip
         told = f"again: the run was trained on {count} of the {len(rows)} images"
         assert (told in caplog.text) == (count > 0) == ("flatter" in caplog.text)
+
+
+def test_they_are_told_of_where_images_were_added_since(tmp_path, caplog):
+    for i in range(20):
+        file = tmp_path / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    data = DataConfig(source="folder", path=str(tmp_path))
+    own = open_listing(data)
+    run = SimpleNamespace(config=SimpleNamespace(data=data), fingerprint="of those before")
+    _warn_of_trained(run, "table", [e._replace(split="test") for e in own.entries])
+    assert f"trained on {own.split.count('train')} of the 20 images" in caplog.text
+    assert "have changed" in caplog.text
 
 
 def test_a_run_whose_images_have_changed_knows_no_alignment(run, photos, tmp_path, capsys, caplog):
