@@ -113,10 +113,13 @@ def pseudo_groups(
 def conflicting_groups(conflicting: Tensor, y: Tensor) -> Tensor:
     """Return the paper's groups (class, pseudo label) as ids y * 2 + conflicting, (N,) int64.
 
-    conflicting: (N,) bool; y: (N,) int64. ValueError for another length.
+    conflicting: (N,) bool, or 0 and 1; y: (N,) int64. ValueError for another length or other
+    pseudo labels, which the two in the wrong order give.
     """
     if y.shape != conflicting.shape:
         raise ValueError(f"y {tuple(y.shape)} for {tuple(conflicting.shape)} pseudo labels")
+    if ((conflicting != 0) & (conflicting != 1)).any():
+        raise ValueError(f"pseudo labels are 0 or 1, got {conflicting.max()}; they come before y")
     return y * 2 + conflicting
 
 

@@ -128,6 +128,7 @@ def test_group_ids():
         (lambda: pseudo_groups(LOSS, PREDICTED, Y, 2, filter="off"), "got 'off'"),
         (lambda: pseudo_groups(LOSS, PREDICTED, Y, 2, gamma=math.nan), "got nan"),
         (lambda: conflicting_groups(PREDICTED != Y, Y[:2]), r"y \(2,\)"),
+        (lambda: conflicting_groups(Y + 1, PREDICTED != Y), "they come before y"),
         (lambda: predicted_groups(PREDICTED, Y[:2], 2), "differ"),
         (lambda: predicted_groups(PREDICTED + 1, Y, 2), "predicted outside 0..1: 2"),
     ],
