@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ddb_fast.recipes.distributed import sum_over_ranks, world_size
-from ddb_fast.recipes.erm import sample_losses
+from ddb_fast.recipes.erm import sample_losses, without_rounding
 
 
 class GroupDRO(nn.Module):
@@ -48,6 +48,9 @@ class GroupDRO(nn.Module):
         # Logarithms, because q of an easy group underflows within one ordinary training run, and a
         # weight that has become 0 can never grow again.
         self.register_buffer("log_weights", (present / present.sum()).log())
+
+    def _apply(self, fn, recurse: bool = True):
+        return super()._apply(without_rounding(fn), recurse)
 
     @property
     def group_weights(self) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ddb_fast.recipes.distributed import gather_over_ranks
+from ddb_fast.recipes.erm import without_rounding
 
 # Of this size a step costs least; of others hardly more.
 _BATCH = 64
@@ -49,6 +50,9 @@ class LossTable(nn.Module):
         self.register_buffer("block_class", block_class, persistent=False)
         self.register_buffer("block_maximum", self.loss.new_zeros(len(members)), persistent=False)
         self.register_load_state_dict_post_hook(LossTable._measure_blocks)
+
+    def _apply(self, fn, recurse: bool = True):
+        return super()._apply(without_rounding(fn), recurse)
 
     def update(self, index: Tensor, losses: Tensor) -> Tensor:
         """Enter the losses (n,) of samples `index` (n,) of every rank; return this rank's averages.

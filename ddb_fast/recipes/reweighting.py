@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ddb_fast.recipes.erm import sample_losses
+from ddb_fast.recipes.erm import sample_losses, without_rounding
 from ddb_fast.recipes.loss_table import EPS, LossTable, largest_per_class
 
 
@@ -51,6 +51,9 @@ class ReweightedLoss(nn.Module):
             largest = largest_per_class(amplifier_loss, y, num_classes=num_classes)
             amplifier_loss = amplifier_loss / largest[y]
         self.register_buffer("amplifier_loss", amplifier_loss.detach().clone(), persistent=False)
+
+    def _apply(self, fn, recurse: bool = True):
+        return super()._apply(without_rounding(fn), recurse)
 
     def forward(self, logits: Tensor, y: Tensor, index: Tensor) -> Tensor:
         losses = sample_losses(logits, y)

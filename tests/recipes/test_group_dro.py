@@ -1,12 +1,14 @@
 """GroupDRO against two steps worked in plain Python, and its edges."""
 
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from ddb_fast.recipes import GroupDRO, group_dro
+from ddb_fast.recipes import GroupDRO, LfF, ReweightedLoss, group_dro
 
 # Three groups of 4, 2 and 1 training samples.
 GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 2])
@@ -99,6 +101,21 @@ def test_autocast_does_not_round_the_group_means():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = cast(logits, y, index)
     assert torch.equal(loss, expected)
+
+
+def test_a_network_that_is_moved_to_half_with_its_recipe_does_not_round_what_that_keeps():
+    y, index = torch.zeros(7, dtype=torch.int64), torch.arange(7)
+    logits = torch.tensor([[3.0, 0.0]] * 3 + [[2.0, 0.0]] * 4)
+    recipes = [GroupDRO(GROUPS, 3, adjustment=0.3), LfF(y, 2), ReweightedLoss(logits[:, 0] / 3, y)]
+    for recipe, shape in zip(recipes, ((7, 2), (7, 2, 2), (7, 2)), strict=True):
+        given = logits if len(shape) == 2 else logits.unsqueeze(1).expand(shape)
+        both = nn.ModuleDict({"network": nn.Linear(2, 2), "recipe": copy.deepcopy(recipe)})
+        both.bfloat16()
+        assert both["network"].weight.dtype is torch.bfloat16
+        assert torch.equal(recipe(given, y, index), both["recipe"](given, y, index))
+        for name, kept in recipe.state_dict().items():
+            assert torch.equal(both["recipe"].state_dict()[name], kept)
+        assert all(b.dtype is not torch.float32 for b in recipe.double().buffers())
 
 
 def test_a_step_reads_no_value_back_to_the_host():
