@@ -61,8 +61,9 @@ def test_a_poor_generator_says_nothing_unless_a_bias_shows_all_the_same():
     verdict = judge(Y, **votes(amplifier=(range(25), 2), again=(range(3), 3)))
     assert verdict.found is None and verdict.checks[2].value == pytest.approx(0.25)
     assert "too poor" in as_data(verdict, Y, ("cat",) * 6)["sentences"][0]
-    better = votes(amplifier=(range(20), 2), again=(range(15), 3))
-    assert judge(Y, **better).found is False, "a fifth is the limit"
+    better = votes(amplifier=(range(10), 2), again=(range(5), 3))
+    assert judge(Y, **better).found is False, "half of what the ERM learnt is the limit"
+    assert judge(Y, **better | votes(again=(range(11), 3))).found is None
     shared = everyone(range(40), 1) | {"erm": (range(8), 1)}
     assert judge(Y, **votes(**shared)).found is None, "8 of 40: Wilson's lower bound is .11"
     y = torch.arange(100) // 60 * 5
@@ -71,6 +72,11 @@ def test_a_poor_generator_says_nothing_unless_a_bias_shows_all_the_same():
     verdict = judge(y, **said)
     assert verdict.found is True, "28 of 49: Wilson's lower bound is .43"
     assert not verdict.checks[2].passed
+    said = {name: y.clone() for name in NETWORKS}
+    said["amplifier"][:20] = 1
+    assert judge(y, **said).found is False, "a fifth is the limit where the ERM learnt more"
+    said["amplifier"][20] = 1
+    assert judge(y, **said).found is None
 
 
 def test_networks_that_learnt_nothing_say_nothing():
@@ -80,7 +86,9 @@ def test_networks_that_learnt_nothing_say_nothing():
     assert verdict.found is None and not verdict.checks[0].passed
     assert "too little was learnt" in as_data(verdict, Y, ("cat",) * 6)["sentences"][0]
     better = constant | {"erm": torch.where(torch.arange(100) < 90, 0, 5)}
-    assert judge(Y, **better).found is False, "10 errors of 100: Wilson's upper bound is .17"
+    verdict = judge(Y, **better)
+    assert verdict.checks[0].passed, "10 errors of 100: Wilson's upper bound is .17"
+    assert verdict.found is None and not verdict.checks[2].passed, "the amplifiers still guess"
 
 
 def test_most_images_at_odds_are_no_bias():
