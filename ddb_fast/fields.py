@@ -77,11 +77,14 @@ def from_dict(cls: type, values: dict[str, Any], *, prefix: str = "") -> Any:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"unknown field: {', '.join(prefix + name for name in unknown)}")
-    arguments = {k: coerce(v, hints[k], prefix + k) for k, v in values.items()}
-    try:
-        return cls(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{prefix.rstrip('.') or cls.__name__}: {error}") from None
+    none = dataclasses.MISSING
+    needed = [f.name for f in fields(cls) if f.default is none and f.default_factory is none]
+    missing = [prefix + name for name in needed if name not in values]
+    if missing:
+        raise ValueError(
+            f"missing field: {', '.join(missing)}; needed are all that --dry-run prints"
+        )
+    return cls(**{k: coerce(v, hints[k], prefix + k) for k, v in values.items()})
 
 
 def to_json(config: Any) -> str:

@@ -114,6 +114,11 @@ def test_unknown_preset_and_broken_files(tmp_path):
         load_config(str(broken))
 
 
+def test_a_file_of_changes_alone_is_told_what_it_lacks():
+    with pytest.raises(ValueError, match=r"missing field: preset, amplifier, .*--dry-run"):
+        from_json('{"diffusion": {"images": 10}}')
+
+
 def test_every_method_and_stage_names_fields_that_exist():
     leaves = flatten(load_config("ddb"))
     assert set(METHODS) <= set(STAGE_FIELDS)
