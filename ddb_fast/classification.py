@@ -244,14 +244,21 @@ def import_scores(context: Context, path: Path) -> None:
             raise ValueError(f"{source}: no row of training image {name}")
         if rows[name]["y"] != str(y):
             raise ValueError(f"{source}: {name} is of class {rows[name]['y']} there, {y} here")
+    valid = {
+        "loss": lambda text: 0 <= float(text) < math.inf,
+        "score": lambda text: math.isfinite(float(text)),
+        "predicted": lambda text: 0 <= int(text) < len(context.data.classes),
+        "pseudo_conflicting": lambda text: text in ("0", "1"),
+    }
     for name, row in rows.items():
-        try:
-            fine = math.isfinite(float(row["loss"])) and math.isfinite(float(row["score"]))
-            fine = fine and 0 <= int(row["predicted"]) < len(context.data.classes)
-        except (TypeError, ValueError):
-            fine = False
-        if not fine or row["pseudo_conflicting"] not in ("0", "1"):
-            raise ValueError(f"{source}: {name}: a figure is missing or out of range")
+        for column, holds in valid.items():
+            try:
+                fine = holds(row[column])
+            except (TypeError, ValueError):
+                fine = False
+            if not fine:
+                told = f"a figure is missing or out of range: {column} is {row[column]!r}"
+                raise ValueError(f"{source}: {name}: {told}")
     if context.accelerator.is_main_process:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")

@@ -208,6 +208,12 @@ def test_scores_that_another_program_has_written(tmp_path, encoding):
     else:
         import_scores(context, tmp_path / "kept.csv")
         assert scoring.read_scores(tmp_path / "kept.csv").conflicting.tolist() == [True]
+        for column, wrong in (("pseudo_conflicting", "1.0"), ("loss", "-0.5"), ("score", "")):
+            changed = {**row, column: wrong}
+            lines = (",".join(map(str, line)) + "\n" for line in (row, changed.values()))
+            source.write_text("".join(lines), encoding="utf-8")
+            with pytest.raises(ValueError, match=f"ä.png: a figure .*: {column} is '{wrong}'"):
+                import_scores(context, tmp_path / "kept.csv")
 
 
 def test_a_refused_method_leaves_a_finished_run_as_it_was(two_digits, tmp_path, capsys):
