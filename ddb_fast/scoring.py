@@ -29,6 +29,8 @@ from ddb_fast.recipes import pseudo_groups
 logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 256
+_NAMED = 5
+"""Classes named in a warning, which would else be a line for each of 1,000."""
 FORMATS = ("csv", "parquet", "json")
 _AT_ONCE = 512
 """Rows that are text at the same time: with 1,000 classes half a million cells."""
@@ -108,9 +110,12 @@ def training_statistics(
         stats_over=rules.stats_over,
         filter=rules.filter,
     )
-    for c in groups.fallback_classes:
+    if names := [classes[c] for c in groups.fallback_classes]:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         logger.warning(
-            "class %s: no image passes the threshold; its error set is taken instead", classes[c]
+            "class %s%s: no image passes the threshold; its error set is taken instead",
+            ", ".join(names[:_NAMED]),
+            more,
         )
     by_error_set = torch.full((len(classes),), rules.filter == "none")
     by_error_set[list(groups.fallback_classes)] = True

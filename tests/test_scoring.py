@@ -89,6 +89,17 @@ def test_a_class_where_nothing_passes_takes_its_errors_elsewhere_too(caplog):
     assert found.by_error_set.all()
 
 
+def test_the_warning_for_many_classes_is_one_line(caplog):
+    """Every command that scores gives it: with 1,000 classes there were hundreds of lines."""
+    y = torch.arange(8).repeat_interleave(3)
+    loss, predicted = torch.tensor([0.1, 0.5, 0.8]).repeat(8), (y + torch.arange(24) % 3 // 2) % 8
+    with caplog.at_level("WARNING", logger="ddb_fast.scoring"):
+        found = training_statistics(loss, predicted, y, "abcdefgh", RULES)
+    assert found.by_error_set.all()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("class a, b, c, d, e and 3 more: no image passes")
+
+
 class Answers(nn.Module):
     """A network that knows what to say of each grey level."""
 
