@@ -354,8 +354,8 @@ def resident(images: Tensor, device: torch.device) -> Tensor:
     """Images where batches are taken from fastest: on the device if they fit, else on the host.
 
     images: any uint8 tensor, memory-mapped or not. On CUDA they move if they take less than 40 % of
-    the device's free memory; elsewhere they are read into memory if that takes less than 25 % of
-    what is available, and otherwise stay as they are, on disk if mapped.
+    the device's free memory; elsewhere they are read into memory, if they are not there, where that
+    takes less than 25 % of what is available, and otherwise stay as they are, on disk if mapped.
     """
     cuda = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
@@ -364,7 +364,10 @@ def resident(images: Tensor, device: torch.device) -> Tensor:
         logger.info("images: %.0f MB, left where they are (%.0f fit)", megabytes, room)
         return images
     logger.debug("images: %.0f MB, held %s", megabytes, f"on {device}" if cuda else "in memory")
-    return images.to(device) if cuda else images.clone()
+    if cuda:
+        return images.to(device)
+    # PyTorch can resize what it allocated itself, which a file's map is not.
+    return images if images.untyped_storage().resizable() else images.clone()
 
 
 def gather(images: Tensor, index: Tensor, device: torch.device) -> Tensor:

@@ -376,6 +376,10 @@ def test_resident_reads_into_memory_what_fits(tmp_path, monkeypatch, caplog):
     assert "left where they are" in caplog.text
     memory.available += 4
     assert resident(images, CPU) is not images
+    # Synthetic images are there already, and were held twice while networks were trained on them.
+    assert resident(held, CPU) is held
+    loaded = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4).permute(0, 2, 3, 1).contiguous()
+    assert resident(loaded, CPU) is loaded
 
 
 def test_gather_is_a_channels_last_batch():
