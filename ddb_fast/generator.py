@@ -1,5 +1,6 @@
 """The generator's two stages: training the diffusion model and sampling the synthetic set."""
 
+import contextlib
 import io
 import logging
 import time
@@ -16,7 +17,7 @@ from ddb_fast.context import Context
 from ddb_fast.data.pixels import normalise
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.sources import list_folder
-from ddb_fast.data.store import FITS, gather, resident
+from ddb_fast.data.store import FITS, gather, in_order, resident
 from ddb_fast.diffusion.generate import generate_within_memory, plan
 from ddb_fast.diffusion.losses import diffusion_loss
 from ddb_fast.diffusion.schedule import make_schedule
@@ -240,7 +241,9 @@ def import_synthetic(context: Context, folder: Path) -> None:
     number = torch.tensor([classes.index(name) for name in listing.classes])
     size, fitted = context.config.diffusion.image_size, FITS[context.data.fit]
     if context.accelerator.is_main_process:
-        images = torch.stack([fitted(listing.read(i), size) for i in range(len(listing))])
+        decoded = in_order(lambda i: fitted(listing.read(i), size), len(listing))
+        with contextlib.closing(decoded):  # its threads end with a file that is broken
+            images = torch.stack(list(decoded))
         labels = number[listing.y]
         # No seed made these images; -1 says so where generated ones carry theirs.
         tensors = {"images": images, "labels": labels, "seeds": torch.full_like(labels, -1)}

@@ -1,13 +1,23 @@
 """A generator taken over from elsewhere: its classes are those of the data, by name."""
 
 from dataclasses import replace
+from threading import get_ident
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+from ddb_fast.checkpoint import load_tensors
 from ddb_fast.config import with_fields
-from ddb_fast.generator import build_unet, import_diffusion, load_diffusion, save_diffusion
+from ddb_fast.data.listing import Listing
+from ddb_fast.generator import (
+    build_unet,
+    import_diffusion,
+    import_synthetic,
+    load_diffusion,
+    save_diffusion,
+)
 from ddb_fast.presets import PRESETS
 
 
@@ -79,3 +89,32 @@ def test_other_classes_are_refused(take, theirs, ours, told):
     with pytest.raises(ValueError) as refusal:
         take(theirs, ours)
     assert told in str(refusal.value) and len(str(refusal.value)) < 400
+
+
+def test_synthetic_images_of_ones_own_are_decoded_by_every_core(tmp_path, monkeypatch):
+    for name in ("disc", "square"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for i in range(3):
+            grey = Image.new("RGB", (6, 4), (40 * i, 0, 9 * len(name)))
+            grey.save(tmp_path / "own" / name / f"{i}.png")
+    context = SimpleNamespace(
+        config=with_fields(
+            PRESETS["digits"](),
+            {"sampling.load": str(tmp_path / "own"), "diffusion.image_size": "4"},
+        ),
+        data=SimpleNamespace(classes=("square", "disc"), fit="squash"),
+        accelerator=SimpleNamespace(is_main_process=True),
+    )
+    threads, read = [], Listing.read
+    monkeypatch.setattr(
+        Listing, "read", lambda self, i: threads.append(get_ident()) or read(self, i)
+    )
+    import_synthetic(context, tmp_path / "new")
+    assert len(threads) == 6 and get_ident() not in threads
+    tensors, _ = load_tensors(tmp_path / "new" / "images.safetensors")
+    found = zip(tensors["labels"].tolist(), tensors["images"][:, :, 0, 0].tolist(), strict=True)
+    expected = [(1, [40 * i, 0, 36]) for i in range(3)] + [(0, [40 * i, 0, 54]) for i in range(3)]
+    assert sorted(found) == sorted(expected)
+    (tmp_path / "own" / "disc" / "1.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"1\.png"):
+        import_synthetic(context, tmp_path / "again")

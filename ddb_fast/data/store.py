@@ -253,7 +253,7 @@ def _decode(
     with (
         _written(cache / "small.u8") as small,
         _written(cache / "large.u8") as large,
-        contextlib.closing(_in_order(decode, len(listing))) as answers,
+        contextlib.closing(in_order(decode, len(listing))) as answers,
         _progress(answers, len(listing), "decode", progress) as bar,
     ):
         for i, answer in enumerate(bar):
@@ -281,7 +281,7 @@ def broken_images(listing: Listing, *, progress: bool = True) -> dict[str, str]:
             return str(error)
         return None
 
-    with contextlib.closing(_in_order(reason, len(listing))) as answers:
+    with contextlib.closing(in_order(reason, len(listing))) as answers:
         bar = _progress(answers, len(listing), "check", progress)
         reasons = dict(zip(listing.paths, bar, strict=True))
     return {path: text for path, text in reasons.items() if text is not None}
@@ -314,7 +314,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
-def _in_order(work: Callable[[int], Any], count: int) -> Iterator[Any]:
+def in_order(work: Callable[[int], Any], count: int) -> Iterator[Any]:
     """work(0), work(1), ... from a thread a core, never far ahead: memory stays flat."""
     workers = os.cpu_count() or 1
     pending: deque[Future] = deque()

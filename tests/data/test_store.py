@@ -336,7 +336,7 @@ def test_hundreds_of_images_come_in_order(tmp_path, monkeypatch):
 def test_decoding_does_not_run_ahead_of_a_slow_disk(monkeypatch):
     monkeypatch.setattr(store.os, "cpu_count", lambda: 3)
     begun = []
-    answers = store._in_order(lambda i: (begun.append(i), i)[1], 300)
+    answers = store.in_order(lambda i: (begun.append(i), i)[1], 300)
     for i in range(50):
         assert next(answers) == i
         assert len(begun) <= i + 1 + 4 * 3
