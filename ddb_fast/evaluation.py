@@ -1,9 +1,8 @@
 """`ddb-fast evaluate`: a run's classifiers on any labelled images, by class and by group."""
 
 import logging
-from collections.abc import Sequence
-from functools import partial
-from os.path import realpath
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from ddb_fast.classification import load_classifier
 from ddb_fast.config import METHODS, DataConfig
 from ddb_fast.data.groups import Groups, majority_bias
-from ddb_fast.data.listing import SPLITS, Entry
+from ddb_fast.data.listing import SPLITS, Entry, Listing, real_file
 from ddb_fast.data.sources import open_listing
 from ddb_fast.data.store import centre_square
 from ddb_fast.data.unseen import Images, batches, list_images
@@ -77,10 +76,11 @@ def evaluate(
         raise ValueError(
             f"{images.name}: no {' or '.join(splits)} images; it has {', '.join(there)}"
         )
+    own = cache(partial(open_listing, run.config.data))  # once: it may be of 200,000 files
     if data != run.config.data:
-        _warn_of_trained(run, images.name, entries)
+        _warn_of_trained(run, own, images.name, entries)
     correct = {key: torch.cat(parts) for key, parts in answers.items()}
-    measured = _measure(run, images, entries, classes, correct)
+    measured = _measure(run, own, images, entries, classes, correct)
     return {
         "format": 1,
         "run": str(run.path),
@@ -121,7 +121,9 @@ def _chosen(
     return chosen, sorted(set(common if seeds is None else seeds))
 
 
-def _warn_of_trained(run: FinishedRun, name: str, entries: Sequence[Entry]) -> None:
+def _warn_of_trained(
+    run: FinishedRun, own_images: Callable[[], Listing], name: str, entries: Sequence[Entry]
+) -> None:
     """A warning where images that are not called train are files that the run was trained on.
 
     What is held out goes by the spelling of paths, so the same files in another table or folder are
@@ -129,14 +131,15 @@ def _warn_of_trained(run: FinishedRun, name: str, entries: Sequence[Entry]) -> N
     be trained on now: new ones move few old ones.
     """
     try:
-        own = open_listing(run.config.data)
+        own = own_images()
     except (ValueError, OSError):
         return
     changed = own.fingerprint != run.fingerprint
+    folders: dict[str, str] = {}
     files = [(e.split, e.pixels) for e in own.entries if isinstance(e.pixels, Path)]
-    trained = {realpath(file) for split, file in files if split == "train"}
+    trained = {real_file(file, folders)[0] for split, file in files if split == "train"}
     files = [e.pixels for e in entries if e.split != "train" and isinstance(e.pixels, Path)]
-    if count := sum(realpath(file) in trained for file in files):
+    if count := sum(real_file(file, folders)[0] in trained for file in files):
         logger.warning(
             "%s: the run was %strained on %d of the %d images evaluated, so figures flatter; "
             "evaluate its own images without --data, or name the splits",
@@ -149,13 +152,14 @@ def _warn_of_trained(run: FinishedRun, name: str, entries: Sequence[Entry]) -> N
 
 def _measure(
     run: FinishedRun,
+    own_images: Callable[[], Listing],
     images: Images,
     entries: Sequence[Entry],
     classes: Sequence[str],
     correct: dict[tuple[str, int], Tensor],
 ) -> dict[tuple[str, int], dict[str, Any]]:
     y = _labels(entries)
-    groups, train_counts, factors = _groups(run, images, entries, classes)
+    groups, train_counts, factors = _groups(run, own_images, images, entries, classes)
     by_class, whole = (_plain(labels, names) for labels, names in ((y, classes), (y * 0, ["all"])))
     clusters = None
     if len({len(entry.clusters) for entry in entries}) == 1 and entries[0].clusters:
@@ -184,7 +188,11 @@ def _plain(y: Tensor, classes: Sequence[str]) -> Groups:
 
 
 def _groups(
-    run: FinishedRun, images: Images, entries: Sequence[Entry], classes: Sequence[str]
+    run: FinishedRun,
+    own_images: Callable[[], Listing],
+    images: Images,
+    entries: Sequence[Entry],
+    classes: Sequence[str],
 ) -> tuple[Groups | None, Tensor | None, tuple[tuple[str, int], ...]]:
     """Groups of these images aligned as the run's training images, whose counts come second.
 
@@ -194,7 +202,7 @@ def _groups(
         return None, None, ()
     y, a = _labels(entries), torch.tensor([entry.a for entry in entries])
     try:
-        own = open_listing(run.config.data)
+        own = own_images()
     except (ValueError, OSError) as error:
         unknown = f"the run's own images: {error}"
     else:

@@ -151,13 +151,7 @@ def check_entries(name: str, entries: Iterable[Entry]) -> None:
         paths.add(plain)
         if isinstance(pixels, np.ndarray):
             continue
-        # A folder's links are followed once, not for each of its files: there may be 100,000.
-        folder, file = split_path(pixels)
-        if folder not in folders:
-            folders[folder] = realpath(folder)
-        mode, real = pixels.lstat().st_mode, f"{folders[folder]}/{file}"
-        if S_ISLNK(mode):
-            mode, real = pixels.stat().st_mode, realpath(pixels)
+        real, mode = real_file(pixels, folders)
         if not S_ISREG(mode):
             raise ValueError(f"{name}: {path} is no file; remove it")
         if real in files:
@@ -165,6 +159,21 @@ def check_entries(name: str, entries: Iterable[Entry]) -> None:
                 f"{name}: {path} is the same file as {files[real]}; keep one of the two"
             )
         files[real] = path
+
+
+def real_file(file: Path, folders: dict[str, str]) -> tuple[str, int]:
+    """Where a file lies once links are followed, and its mode; OSError where none is.
+
+    folders: what is known from other files. A folder's links are followed once, not for each of its
+    files: there may be 100,000.
+    """
+    folder, name = split_path(file)
+    if folder not in folders:
+        folders[folder] = realpath(folder)
+    mode, real = file.lstat().st_mode, f"{folders[folder]}/{name}"
+    if S_ISLNK(mode):
+        mode, real = file.stat().st_mode, realpath(file)
+    return real, mode
 
 
 def read_image(file: Path) -> Image.Image:
