@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ddb_fast.checkpoint import write_atomically
 from ddb_fast.config import ClassifierConfig, PseudoLabelConfig
 from ddb_fast.data.augment import amplifier_view, centre
+from ddb_fast.data.files import few
 from ddb_fast.data.pixels import normalise
 from ddb_fast.data.store import gather
 from ddb_fast.recipes import pseudo_groups
@@ -29,8 +30,6 @@ from ddb_fast.recipes import pseudo_groups
 logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 256
-_NAMED = 5
-"""Classes named in a warning, which would else be a line for each of 1,000."""
 FORMATS = ("csv", "parquet", "json")
 _AT_ONCE = 512
 """Rows that are text at the same time: with 1,000 classes half a million cells."""
@@ -111,11 +110,9 @@ def training_statistics(
         filter=rules.filter,
     )
     if names := [classes[c] for c in groups.fallback_classes]:
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        # One line: with 1,000 classes there may be hundreds.
         logger.warning(
-            "class %s%s: no image passes the threshold; its error set is taken instead",
-            ", ".join(names[:_NAMED]),
-            more,
+            "class %s: no image passes the threshold; its error set is taken instead", few(names)
         )
     by_error_set = torch.full((len(classes),), rules.filter == "none")
     by_error_set[list(groups.fallback_classes)] = True

@@ -8,6 +8,14 @@ from pathlib import Path
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
 
 Row = dict[str, str | None]
+NAMED = 5
+"""Files or classes that a message names; a run that skips no broken files stops reading there."""
+
+
+def few(names: Sequence[str]) -> str:
+    """The first NAMED of them, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def subfolders(folder: Path) -> list[Path]:

@@ -27,14 +27,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ddb_fast.data.files import NAMED, few
 from ddb_fast.data.groups import Groups, majority_bias
 from ddb_fast.data.listing import SPLITS, BrokenImageError, Listing
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-_NAMED = 5
-"""Broken files named in a message; in a run that does not skip them, reading stops there."""
 _RAM_SHARE, _DEVICE_SHARE = 0.25, 0.40
 # Python has a name for this flag from 3.13 on.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -166,7 +165,7 @@ def open_images(
         dropped = _decode(listing, cache, expected, corrupt, progress)
     kept = listing
     if dropped:
-        gone, names = set(dropped), _some([listing.paths[i] for i in dropped])
+        gone, names = set(dropped), few([listing.paths[i] for i in dropped])
         logger.warning("%s: %d broken images left out: %s", listing.name, len(dropped), names)
         left = tuple(entry for i, entry in enumerate(listing.entries) if i not in gone)
         kept = replace(listing, entries=left)
@@ -259,7 +258,7 @@ def _decode(
         for i, answer in enumerate(bar):
             if isinstance(answer, str):
                 broken[i] = answer
-                if corrupt == "error" and len(broken) == _NAMED:
+                if corrupt == "error" and len(broken) == NAMED:
                     break
             else:
                 for file, pixels in zip((small, large), answer, strict=True):
@@ -300,18 +299,13 @@ def _progress(answers: Iterator[Any], total: int, title: str, shown: bool) -> tq
 
 
 def _refusal(broken: dict[int, str], listing: Listing) -> str:
-    names = _some([listing.paths[i] for i in broken])
-    count = f"{len(broken)} or more" if len(broken) == _NAMED else str(len(broken))
+    names = few([listing.paths[i] for i in broken])
+    count = f"{len(broken)} or more" if len(broken) == NAMED else str(len(broken))
     return (
         f"{listing.name}: {count} of {len(listing)} images cannot be read: {names} "
         f"(the first: {next(iter(broken.values()))}); repair or remove them, or, on the command "
         "line, leave them out with --data.corrupt skip"
     )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def in_order(work: Callable[[int], Any], count: int) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddb_fast.config import DataConfig
-from ddb_fast.data.files import EXTENSIONS, image_files, read_table, subfolders
+from ddb_fast.data.files import EXTENSIONS, few, image_files, read_table, subfolders
 from ddb_fast.data.listing import (
     SPLITS,
     BrokenImageError,
@@ -31,9 +31,6 @@ from ddb_fast.data.listing import (
 from ddb_fast.data.sources import csv_image, open_listing, source_of, split_folders
 
 logger = logging.getLogger(__name__)
-
-_NAMED = 5
-"""Classes or broken files named in a message."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -85,13 +82,8 @@ def _numbers(names: Sequence[str]) -> dict[str, int]:
 
 def _number(where: str, name: str, classes: dict[str, int]) -> int:
     if name not in classes:
-        raise ValueError(f"{where}: class {name!r} is none of the run's: {_some(list(classes))}")
+        raise ValueError(f"{where}: class {name!r} is none of the run's: {few(list(classes))}")
     return classes[name]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def _sorted(
@@ -213,6 +205,6 @@ def batches(
                     kept.clear()
             bar.update(len(part))
     if broken:
-        logger.warning("%d broken images left out: %s", len(broken), _some(broken))
+        logger.warning("%d broken images left out: %s", len(broken), few(broken))
     if kept:
         yield [e for e, _ in kept], torch.stack([pixels for _, pixels in kept])
