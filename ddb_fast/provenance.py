@@ -4,7 +4,6 @@ What is told goes into the config.json and the card of a model that leaves the m
 figures and names of classes, and no place or name of any file.
 """
 
-import csv
 import json
 import re
 from collections import Counter
@@ -19,6 +18,7 @@ from ddb_fast.data.listing import SPLITS
 from ddb_fast.fields import from_dict
 from ddb_fast.models.classifiers import NETWORKS
 from ddb_fast.presets import PRESETS
+from ddb_fast.scoring import rows_of_scores
 
 _STARTERS = ("ddb-fast", "train.py", "cli.py")
 _NUMBER = re.compile(r"-?[\d_]+(\.\d+)?(e-?\d+)?(,-?[\d.]+)*")
@@ -157,12 +157,8 @@ def _counts(run: Path, classes: int) -> dict[str, list[int]] | None:
     table = next((table for table in tables if table.exists()), None)
     if table is None:
         return None
-    try:
-        with table.open(newline="", encoding="utf-8") as file:
-            found = Counter((row["split"], int(row["y"])) for row in csv.DictReader(file))
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        why = f"{type(error).__name__}: {error}"  # its repr may hold the whole file
-        raise ValueError(f"{table}: not a table of scores with labels ({why})") from None
+    with rows_of_scores(table) as rows:
+        found = Counter((row["split"], int(row["y"])) for row in rows)
     counts = {split: [found[split, y] for y in range(classes)] for split in SPLITS}
     return {split: numbers for split, numbers in counts.items() if any(numbers)}
 

@@ -4,6 +4,7 @@ One set of functions makes the rows of a run's `amplifier/scores.csv` and of any
 comes out is a `ScoreTable`, NumPy columns that other tools take as they are.
 """
 
+import contextlib
 import csv
 import importlib.util
 import io
@@ -333,6 +334,17 @@ def joined(tables: Sequence[ScoreTable]) -> ScoreTable:
     return ScoreTable(classes=first.classes, **columns)
 
 
+@contextlib.contextmanager
+def rows_of_scores(path: Path) -> Iterator[Iterator[dict[str, str]]]:
+    """The rows of a `scores.csv`, as text; ValueError where they, or what is made of them, fail."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            yield csv.DictReader(file)
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        why = f"{type(error).__name__}: {error}"  # its repr may hold the whole file
+        raise ValueError(f"{path}: not a table of scores with labels ({why})") from None
+
+
 def read_scores(path: Path, split: str = "train", *, images: int | None = None) -> Scores:
     """The rows of one split of `scores.csv`; ValueError if it is none, or has none of them.
 
@@ -340,23 +352,19 @@ def read_scores(path: Path, split: str = "train", *, images: int | None = None) 
     for another number of rows, which a table that was cut between two of them has.
     """
     count, y, predicted, loss, score, conflicting = 0, [], [], [], [], []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            # As they are read: rows as dictionaries take ten times what is kept of them.
-            for row in csv.DictReader(file):
-                count += 1
-                if row["split"] == split:
-                    y.append(int(row["y"]))
-                    predicted.append(int(row["predicted"]))
-                    loss.append(float(row["loss"]))
-                    score.append(float(row["score"]))
-                    conflicting.append(row["pseudo_conflicting"] == "1")
+    with rows_of_scores(path) as rows:
+        # As they are read: rows as dictionaries take ten times what is kept of them.
+        for row in rows:
+            count += 1
+            if row["split"] == split:
+                y.append(int(row["y"]))
+                predicted.append(int(row["predicted"]))
+                loss.append(float(row["loss"]))
+                score.append(float(row["score"]))
+                conflicting.append(row["pseudo_conflicting"] == "1")
         if not conflicting:
             raise KeyError(split)
         scores = Scores(*map(torch.tensor, (y, predicted, loss, score, conflicting)))
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        why = f"{type(error).__name__}: {error}"  # its repr may hold the whole file
-        raise ValueError(f"{path}: not a table of scores with labels ({why})") from None
     if images is not None and count != images:
         raise ValueError(
             f"{path}: {count} rows, but the run has {images} images: cut short, or of others; "
