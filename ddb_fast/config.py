@@ -358,9 +358,9 @@ class RunConfig:
         return self.scored and self.pseudo_labels.load is None
 
 
-def from_json(text: str, cls: type = RunConfig) -> Any:
+def from_json(text: str) -> RunConfig:
     """The inverse of `to_json`."""
-    return from_dict(cls, json.loads(text))
+    return from_dict(RunConfig, json.loads(text))
 
 
 def with_fields(config: RunConfig, changes: dict[str, Any]) -> RunConfig:

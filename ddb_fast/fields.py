@@ -11,6 +11,8 @@ import typing
 from dataclasses import fields
 from typing import Any, Literal
 
+T = typing.TypeVar("T")
+
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """The leaves of a dataclass as {"section.field": value}, tuples as lists (JSON's types)."""
@@ -69,7 +71,7 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
     return converted
 
 
-def from_dict(cls: type, values: dict[str, Any], *, prefix: str = "") -> Any:
+def from_dict(cls: type[T], values: dict[str, Any], *, prefix: str = "") -> T:
     """A dataclass from nested dictionaries; unknown and missing fields are ValueErrors."""
     if not isinstance(values, dict):
         raise ValueError(f"{prefix.rstrip('.') or cls.__name__}: expected fields, got {values!r}")
