@@ -13,6 +13,9 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+_DRAIN = 5.0
+"""Seconds between two readings of the loss."""
+
 
 class RunLog:
     """Appends one JSON object a line to `log.jsonl`, mirrored to the chosen accelerate tracker."""
@@ -40,8 +43,8 @@ class RunLog:
 class Progress:
     """A bar in images with the recent loss, on the main process only.
 
-    `update(images, loss)` takes the loss as a device tensor and reads it at most every `drain`
-    seconds, when it also writes a line to the log.
+    `update(images, loss)` takes the loss as a device tensor and reads it at most every
+    `_DRAIN` seconds, when it also writes a line to the log.
     """
 
     def __init__(
@@ -52,9 +55,8 @@ class Progress:
         total: int,
         start: int = 0,
         shown: bool = True,
-        drain: float = 5.0,
     ):
-        self._log, self._stage, self._images, self._drain = log, stage, start, drain
+        self._log, self._stage, self._images = log, stage, start
         self._sum: torch.Tensor | None = None
         self._steps = 0
         self._last = time.monotonic()
@@ -76,7 +78,7 @@ class Progress:
             detached = loss.detach()
             self._sum = detached if self._sum is None else self._sum + detached
             self._steps += 1
-            if time.monotonic() - self._last > self._drain:
+            if time.monotonic() - self._last > _DRAIN:
                 self.flush()
 
     def flush(self) -> None:
