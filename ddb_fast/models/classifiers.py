@@ -40,11 +40,10 @@ def build_classifier(
     name: str,
     num_classes: int,
     *,
-    in_channels: int = 3,
     image_size: int,
     width: int | None = None,
 ) -> nn.Module:
-    """Build a classifier with random weights: images (N, in_channels, S, S) -> logits (N, K).
+    """Build a classifier with random weights: images (N, 3, S, S) -> logits (N, K).
 
     name: resnet18, resnet50, densenet121, cnn, mlp, or timm:NAME for a network of timm. image_size
     S in pixels: the mlp and timm's networks of fixed input are built for it, the others take any
@@ -63,12 +62,12 @@ def build_classifier(
     if width is not None and width < 1:
         raise ValueError(f"width must be >= 1, got {width}")
     if name.startswith(TIMM):
-        return _timm_network(name, num_classes, in_channels=in_channels, image_size=image_size)
+        return _timm_network(name, num_classes, image_size=image_size)
     if image_size < SMALLEST_IMAGE[name]:
         raise ValueError(
             f"{name} needs images of {SMALLEST_IMAGE[name]} pixels or more, got {image_size}"
         )
-    arguments = {"num_classes": num_classes, "in_channels": in_channels}
+    arguments = {"num_classes": num_classes}
     if name == "mlp":
         arguments["image_size"] = image_size
     if width is not None:
@@ -104,7 +103,7 @@ def load_pretrained(model: nn.Module, source: str, *, name: str) -> bool:
     return not other_classes
 
 
-def _timm_network(name: str, num_classes: int, *, in_channels: int, image_size: int) -> nn.Module:
+def _timm_network(name: str, num_classes: int, *, image_size: int) -> nn.Module:
     try:
         import timm
     except (ImportError, RuntimeError) as error:
@@ -116,7 +115,7 @@ def _timm_network(name: str, num_classes: int, *, in_channels: int, image_size: 
     timm_name = name.removeprefix(TIMM)
     if not timm.is_model(timm_name):
         raise ValueError(f"timm {timm.__version__} has no network {timm_name!r}")
-    arguments = {"num_classes": num_classes, "in_chans": in_channels}
+    arguments = {"num_classes": num_classes, "in_chans": 3}
     pretrained = timm.get_pretrained_cfg(timm_name)
     if pretrained is not None and pretrained.fixed_input_size:
         arguments["img_size"] = image_size

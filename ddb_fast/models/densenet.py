@@ -63,17 +63,17 @@ class Transition(nn.Module):
 class DenseNet121(nn.Module):
     """A stride-4 stem, four dense blocks with transitions between, a linear head `classifier`.
 
-    forward: x (N, in_channels, H, W) normalised float, H and W >= 32 -> logits (N, num_classes).
+    forward: x (N, 3, H, W) normalised float, H and W >= 32 -> logits (N, num_classes).
     The feature map before the pooling has 1,024 channels and 1/32 of the side.
     Source: Huang et al. 2017, "Densely Connected Convolutional Networks", table 1.
     """
 
-    def __init__(self, *, num_classes: int, in_channels: int = 3) -> None:
+    def __init__(self, *, num_classes: int) -> None:
         super().__init__()
         channels = 2 * GROWTH
         self.features = nn.Sequential()
         self.features.add_module(
-            "conv0", nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
+            "conv0", nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
         )
         self.features.add_module("norm0", nn.BatchNorm2d(channels))
         self.features.add_module("relu0", nn.ReLU(inplace=True))

@@ -74,7 +74,7 @@ def _shortcut(in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
 class ResNet(nn.Module):
     """A stride-4 stem, four stages of residual blocks and a linear head `fc`.
 
-    forward: x (N, in_channels, H, W) normalised float, H and W >= 32 -> logits (N, num_classes).
+    forward: x (N, 3, H, W) normalised float, H and W >= 32 -> logits (N, num_classes).
     The feature map before the pooling has 1/32 of the side, rounded up. Residual branches start
     at zero (their last batch norm's weight), so that every block starts as its shortcut.
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition", table 1.
@@ -86,11 +86,10 @@ class ResNet(nn.Module):
         depths: tuple[int, int, int, int],
         *,
         num_classes: int,
-        in_channels: int = 3,
     ) -> None:
         super().__init__()
         channels = STAGE_WIDTHS[0]
-        self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
+        self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)

@@ -10,14 +10,14 @@ from torch.nn import functional as F
 class SmallCNN(nn.Module):
     """Four 3x3 convolutions with batch norm and ReLU, max-pooling between them, linear head `fc`.
 
-    forward: x (N, in_channels, H, W) normalised float, H and W >= 8 -> logits (N, num_classes).
+    forward: x (N, 3, H, W) normalised float, H and W >= 8 -> logits (N, num_classes).
     Widths are width, then 2 * width three times: 210 k parameters at width 48 and ten classes. A
     feature sees 38 pixels, a whole 32-pixel image.
     """
 
-    def __init__(self, *, num_classes: int, in_channels: int = 3, width: int = 48) -> None:
+    def __init__(self, *, num_classes: int, width: int = 48) -> None:
         super().__init__()
-        channels = (in_channels, width, 2 * width, 2 * width, 2 * width)
+        channels = (3, width, 2 * width, 2 * width, 2 * width)
         layers = []
         for level, (before, after) in enumerate(pairwise(channels)):
             layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after)]
@@ -40,18 +40,16 @@ class SmallCNN(nn.Module):
 class MLP(nn.Module):
     """Three hidden layers of `width` with ReLU and a linear head `fc`.
 
-    forward: x (N, in_channels, image_size, image_size) float, flattened channel by channel ->
+    forward: x (N, 3, image_size, image_size) float, flattened channel by channel ->
     logits (N, num_classes). ValueError for images of another shape. Autocast is switched off: the
     network is too small to gain by half precision, and was published in single.
     Source: Nam et al. 2020, "Learning from Failure", the Colored MNIST network (28 pixels, 100).
     """
 
-    def __init__(
-        self, *, num_classes: int, image_size: int, in_channels: int = 3, width: int = 100
-    ) -> None:
+    def __init__(self, *, num_classes: int, image_size: int, width: int = 100) -> None:
         super().__init__()
-        self.input_shape = (in_channels, image_size, image_size)
-        widths = (in_channels * image_size**2, width, width, width)
+        self.input_shape = (3, image_size, image_size)
+        widths = (3 * image_size**2, width, width, width)
         layers = []
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]

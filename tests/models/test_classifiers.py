@@ -40,8 +40,8 @@ def trained_looking(model):
 @pytest.mark.parametrize("name", [*LARGE, "cnn"])
 @pytest.mark.parametrize("size", [32, 47])
 def test_any_image_size_gives_a_row_of_logits(name, size):
-    model = network(name, 7, image_size=size, in_channels=4)
-    assert model(torch.randn(2, 4, size, size + 3)).shape == (2, 7)
+    model = network(name, 7, image_size=size)
+    assert model(torch.randn(2, 3, size, size + 3)).shape == (2, 7)
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ def test_timm_gets_an_image_size_only_where_it_is_fixed(monkeypatch, fixed):
     stand_in.get_pretrained_cfg = lambda name: types.SimpleNamespace(fixed_input_size=fixed)
     stand_in.create_model = lambda name, **arguments: (name, arguments)
     monkeypatch.setitem(sys.modules, "timm", stand_in)
-    name, arguments = network("timm:known.tag", 7, in_channels=1, image_size=64)
+    name, arguments = network("timm:known.tag", 7, image_size=64)
     assert name == "known.tag"
     assert arguments.pop("img_size", None) == (64 if fixed else None)
-    assert arguments == {"num_classes": 7, "in_chans": 1}
+    assert arguments == {"num_classes": 7, "in_chans": 3}
     with pytest.raises(ValueError, match="no network 'other'"):
         network("timm:other")
 
