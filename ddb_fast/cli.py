@@ -93,7 +93,8 @@ def completion(argv: Sequence[str]) -> int:
 
 
 def compare_runs(argv: Sequence[str]) -> int:
-    from ddb_fast.compare import FORMATS, compare, read_run
+    from ddb_fast.compare import FORMATS, compare
+    from ddb_fast.compared_runs import read_run
 
     parser = OneLineParser(prog="ddb-fast compare", description=COMMANDS["compare"])
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of finished runs")

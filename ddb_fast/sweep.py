@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ddb_fast.arguments import OneLineParser, add_field_arguments, run_config
-from ddb_fast.compare import Run, as_data, compare, read_run
+from ddb_fast.compare import as_data, compare
+from ddb_fast.compared_runs import Run, read_run
 from ddb_fast.config import TAKES_RHO, RunConfig
 from ddb_fast.presets import PRESETS, load_config
 from ddb_fast.tabular import markdown, percent

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ddb_fast.arguments import OneLineParser, check_takes_rho
 from ddb_fast.cli import COMMANDS
-from ddb_fast.compare import Run, group_tables, tables_of
+from ddb_fast.compared_runs import Run
+from ddb_fast.comparison_tables import group_tables, tables_of
 from ddb_fast.config import CONTROLS, DataConfig, RunConfig
 from ddb_fast.presets import PRESETS
 from ddb_fast.tabular import as_markdown

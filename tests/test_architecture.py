@@ -35,7 +35,7 @@ LAYERS = [
 ]
 STDLIB_ONLY = {
     *("config", "fields", "stages", "presets", "benchmark_presets", "arguments"),
-    *("compare", "published", "tabular", "streams"),
+    *("compare", "compared_runs", "comparison_tables", "published", "tabular", "streams"),
 }
 USES_ACCELERATE = {"train", "pipeline", "context", "engine", "checkpoint", "trackers", "run_folder"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from ddb_fast import cli
-from ddb_fast.compare import compare, read_run
+from ddb_fast.compare import compare
+from ddb_fast.compared_runs import read_run
 from ddb_fast.config import with_fields
 from ddb_fast.fields import to_json
 from ddb_fast.metrics import summarise, wilson_interval

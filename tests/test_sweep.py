@@ -15,7 +15,7 @@ import pytest
 import fork_server
 import small
 from ddb_fast import cli
-from ddb_fast.compare import read_run
+from ddb_fast.compared_runs import read_run
 from ddb_fast.fields import to_json
 from ddb_fast.presets import PRESETS
 from ddb_fast.sweep import build_parser, harm, plan
