@@ -30,7 +30,7 @@ def why_not(x: Tensor, num_groups: int) -> list[str]:
     return reasons
 
 
-def _constants(x: Tensor, num_groups: int, cut: Plan) -> tuple[dict[str, int], dict[str, Any]]:
+def _constants(x: Tensor, num_groups: int) -> tuple[dict[str, int], dict[str, Any]]:
     """What every kernel takes: (arguments, constants)."""
     c, hw = x.shape[1], x.shape[2] * x.shape[3]
     vec_c, vec_p = math.gcd(c, 8), math.gcd(hw, 8)
@@ -82,7 +82,7 @@ def forward(
     if n == 0:
         return y, total, mean, rstd
     cut = plan(x, num_groups, backward=False, dropout=seed is not None)
-    sizes, shared = _constants(x, num_groups, cut)
+    sizes, shared = _constants(x, num_groups)
     threshold, keep_scale = reference.dropout_constants(dropout_p)
     tile = {
         "BLOCK_P": cut.block_p,
@@ -216,7 +216,7 @@ def _launch_backward(
 ) -> None:
     n = s.shape[0]
     cut = plan(s, num_groups, backward=True, dropout=seed is not None)
-    sizes, shared = _constants(s, num_groups, cut)
+    sizes, shared = _constants(s, num_groups)
     threshold, keep_scale = reference.dropout_constants(dropout_p)
     tile = {
         "BLOCK_P": cut.block_p,
