@@ -4,7 +4,9 @@ Every backend, Triton's in its interpreter; what belongs to one of them has its 
 """
 
 import functools
+import inspect
 import itertools
+import typing
 
 import pytest
 import torch
@@ -576,3 +578,13 @@ def test_a_dropped_element_passes_nothing_back(backend):
     y = group_norm(x, 2, dropout_p=0.5, seed=torch.tensor(0), backend=backend)
     (dx,) = torch.autograd.grad(y, x, torch.where(y == 0, 4e4, 1.0).half())
     assert dx.isfinite().all() and dx.any()
+
+
+def test_type_checkers_are_told_the_arguments_that_there_are():
+    own = inspect.signature(group_norm).parameters
+    told = [inspect.signature(each) for each in typing.get_overloads(group_norm)]
+    assert [each.return_annotation for each in told] == [Tensor, tuple[Tensor, Tensor]]
+    for each in told:
+        rest = {name: own[name] for name in own if name != "return_sum"}
+        assert list(each.parameters) == list(own)
+        assert rest == {name: each.parameters[name] for name in rest}
