@@ -147,6 +147,15 @@ def test_gradients_reach_the_model_and_the_global_generator_is_the_default():
     assert weight.grad is not None and weight.grad.isfinite() and weight.grad != 0
 
 
+def test_a_generator_decides_all_that_is_drawn():
+    model, y, seen = Spy(lambda x_t, t: x_t), torch.arange(64) % 5, []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        loss(model, images(64), y, class_dropout=0.5)
+        seen.append((model.x_t, model.t, model.y))
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
 def test_memory_format_reaches_the_model():
     model = Spy(lambda x_t, t: x_t)
     loss(model, images(2).to(memory_format=torch.channels_last))

@@ -40,6 +40,15 @@ def test_two_steps_by_hand(adjustment):
         assert recipe.group_weights.tolist() == pytest.approx(q, rel=1e-7)
 
 
+def test_the_published_step_size_and_no_adjustment_are_the_defaults():
+    recipe = GroupDRO(torch.tensor([0, 1]), 2).double()
+    y, index = torch.zeros(2, dtype=torch.int64), torch.arange(2)
+    loss = recipe(logits_with_loss([1.0, 3.0]), y, index)
+    # q is proportional to exp(.01 * 1), exp(.01 * 3): the second is the logistic function of .02.
+    second = 1 / (1 + math.exp(-0.02))
+    assert loss.item() == pytest.approx(1 + 2 * second, rel=1e-7)
+
+
 def test_gradient_is_the_weighted_sum_of_group_gradients():
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -57,14 +66,14 @@ def test_gradient_is_the_weighted_sum_of_group_gradients():
 
 
 def test_groups_without_samples_have_no_weight_and_take_none_of_the_loss():
-    recipe = GroupDRO(torch.tensor([1, 1, 3]), 4, adjustment=1.0)
-    assert recipe.group_weights.tolist() == pytest.approx([0, 0.5, 0, 0.5])
+    recipe = GroupDRO(torch.tensor([1, 1, 3]), 5, adjustment=1.0)
+    assert recipe.group_weights.tolist() == pytest.approx([0, 0.5, 0, 0.5, 0])
     y = torch.zeros(3, dtype=torch.int64)
     for _ in range(3):
         loss = recipe(torch.zeros(3, 2), y, torch.arange(3))
         assert loss.isfinite()
     q = recipe.group_weights
-    assert q[[0, 2]].tolist() == [0, 0]
+    assert q[[0, 2, 4]].tolist() == [0, 0, 0]
     assert q.sum().item() == pytest.approx(1)
     # The rarer group has the larger margin, 1 against 1 / sqrt(2).
     assert q[3] > q[1]

@@ -103,6 +103,13 @@ def test_the_debiased_gradient_has_constant_weights():
     torch.testing.assert_close(gradient[:, 1], expected[:, 1], rtol=1e-7, atol=1e-12)
 
 
+def test_a_sample_both_networks_master_weighs_nothing():
+    """Cross-entropies that are exactly 0 in the whole class: 0 / 0 counts as 0."""
+    y = torch.tensor(Y)
+    sure = 500.0 * F.one_hot(y, 2).unsqueeze(1).repeat(1, 2, 1)
+    assert LfF(y, 2)(sure, y, torch.arange(3)).item() == 0.0
+
+
 def test_state_dict_resumes_both_tables():
     y = torch.tensor(Y)
     logits = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(2))

@@ -72,6 +72,19 @@ def test_weights_are_constants_under_the_gradient(class_maximum):
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
 
 
+def test_the_amplifier_is_frozen():
+    """Losses that still hang on its graph pull at nothing, and what becomes of them is not seen."""
+    losses = AMPLIFIER.clone().requires_grad_()
+    recipe = ReweightedLoss(losses, Y)
+    with torch.no_grad():
+        losses += 1
+    logits = logits_with_loss([0.9, 1.0, 0.5, 2.0], Y).requires_grad_()
+    loss = recipe(logits, Y, torch.arange(4))
+    loss.backward()
+    assert losses.grad is None
+    assert loss.item() == pytest.approx((0.1 * 0.9 + 0.75 * 1.0 + 0 + 0.5 * 2.0) / 4, rel=1e-6)
+
+
 def test_a_sample_both_nets_master_weighs_nothing():
     recipe = ReweightedLoss(torch.zeros(2), torch.tensor([0, 1]), class_maximum=True)
     logits = torch.tensor([[500.0, 0.0], [0.0, 500.0]])
@@ -110,6 +123,7 @@ def test_a_step_reads_no_value_back_to_the_host(moving_average, class_maximum):
         (torch.ones(3), Y, {}, r"amplifier_loss \(3,\) and y \(4,\)"),
         (torch.tensor([1.0, -0.5]), Y[:2], {}, "1 values like -0.5"),
         (torch.tensor([1.0, float("nan")]), Y[:2], {}, "1 values like nan"),
+        (torch.tensor([1.0, float("inf")]), Y[:2], {}, "1 values like inf"),
         (torch.ones(2), torch.tensor([0, -1]), {}, "negative label: -1"),
         (torch.ones(2), Y[:2], {"moving_average": 1.0}, "got 1.0"),
     ],
