@@ -4,6 +4,8 @@ import csv
 import json
 import math
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +15,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import small
+from ddb_fast import methods
 from ddb_fast.classification import load_classifier
-from ddb_fast.config import METHODS, from_json
-from ddb_fast.methods import first_networks
+from ddb_fast.config import METHODS, from_json, with_fields
+from ddb_fast.data.store import ImageData, Split
+from ddb_fast.methods import (
+    build_method,
+    first_networks,
+    identify_errors,
+    read_errors,
+    train_method,
+)
+from ddb_fast.presets import PRESETS
+from ddb_fast.recipes import ERM
+from ddb_fast.scoring import Scores
 from ddb_fast.train import main
 
 THREE_STEPS = {
@@ -185,6 +198,215 @@ def test_lff_starts_the_kept_network_where_erm_starts(labelled, tmp_path):
     _, pair = first_networks(config, 2, "lff", 0)
     assert torch.equal(pair.debiased.fc.weight.detach(), erm["fc.weight"])
     assert not torch.equal(pair.biased.fc.weight, pair.debiased.fc.weight)
+
+
+# --- what each is trained with -----------------------------------------------------------------
+
+Y = torch.tensor([0, 0, 0, 1, 1, 2])
+CHOSEN = {
+    "classifier.model": "mlp",
+    "classifier.width": "4",
+    "classifier.image_size": "4",
+    "classifier.images": "1000",
+    "group_dro.step_size": "0.3",
+    "group_dro.adjustment": "0.5",
+    "lff.q": "0.4",
+    "lff.moving_average": "0.6",
+    "reweighting.moving_average": "0.8",
+    "reweighting.class_maximum": "true",
+    "jtt.first_share": "0.3",
+    "jtt.upweight": "5",
+    "selection": "worst_group_accuracy",
+    "looks": "7",
+}
+"""Fields with other values than their own."""
+
+
+def coded(y, a, predicted):
+    """A split whose large images say by their first pixel what is predicted of them."""
+    size, large = len(y), torch.zeros(len(y), 4, 4, 3, dtype=torch.uint8)
+    large[:, 0, 0, 0] = torch.tensor(predicted)
+    paths = tuple(f"{i}.png" for i in range(size))
+    small = torch.full((size, 2, 2, 3), 9, dtype=torch.uint8)
+    return Split(paths=paths, y=torch.tensor(y), a=torch.tensor(a), small=small, large=large)
+
+
+@pytest.fixture
+def context(monkeypatch):
+    """Six training images in three classes, two biases; no network is asked, see `coded`."""
+    splits = {
+        "train": coded(Y.tolist(), [1, 0, 0, 0, 1, 1], [0, 1, 2, 1, 0, 2]),
+        "val": coded([0, 1, 2, 2], [0, 0, 1, 1], [0, 1, 2, 0]),
+        "test": coded([0, 1, 2, 2, 2], [0, 0, 1, 1, 1], [0, 0, 0, 0, 2]),
+    }
+    crops = []
+
+    def logits(network, images, config, *, device, crop):
+        crops.append(crop)
+        return torch.eye(3)[images[:, 0, 0, 0].long()]
+
+    monkeypatch.setattr(methods, "logits_of", logits)
+    yield SimpleNamespace(
+        config=with_fields(PRESETS["digits"](), CHOSEN),
+        accelerator=SimpleNamespace(is_main_process=True),
+        data=ImageData(
+            name="n", classes=tuple("abc"), biases=("x", "y"), splits=splits, fingerprint="",
+            aligned_bias=(0, 0, 1),
+        ),
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    assert all(crops), "targets are asked of centre crops"
+
+
+def scores():
+    """Three of the six are wrong, and two of these are marked."""
+    loss = torch.tensor([0.5, 2.0, 4.0, 1.0, 3.0, 0.25])
+    marked = torch.tensor([False, False, True, False, True, False])
+    return Scores(Y, torch.tensor([0, 1, 2, 1, 0, 2]), loss, 3 * loss - 2, marked)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "ids", "count"),
+    [
+        ("group-dro", {}, [1, 0, 0, 2, 3, 5], 6),
+        ("ddb-i", {}, [0, 0, 1, 2, 3, 4], 6),
+        ("real-amplifier-i", {}, [0, 0, 1, 2, 3, 4], 6),
+        ("ddb-i-error-set", {}, [0, 1, 1, 2, 3, 4], 6),
+        ("ddb-i-predicted", {}, [0, 1, 2, 4, 3, 8], 9),
+        ("ddb-i", {"pseudo_labels.pseudo_groups": "predicted"}, [0, 1, 2, 4, 3, 8], 9),
+        ("ddb-i-error-set", {"pseudo_labels.pseudo_groups": "predicted"}, [0, 1, 1, 2, 3, 4], 6),
+    ],
+)
+def test_groups_of_each_method(context, tmp_path, method, fields, ids, count):
+    """By hand: class and bias, class and pseudo label, class and error, class and prediction."""
+    context.config = with_fields(context.config, fields)
+    recipe, sampler = build_method(context, method, 4, scores=scores(), folder=tmp_path)
+    assert recipe.groups.tolist() == ids and len(recipe.group_weights) == count
+    assert recipe.step_size == 0.3
+    sizes = Counter(ids)
+    margin = [0.5 / math.sqrt(sizes[g]) if sizes[g] else 0.0 for g in range(count)]
+    assert recipe.margin.tolist() == pytest.approx(margin)
+    drawn = Counter(ids[i] for i in sampler.batch(0, 6000).tolist())
+    assert drawn.keys() == sizes.keys()
+    # Binomial(6000, 1 / groups): a deviation of at most 31.
+    assert all(abs(n - 6000 / len(sizes)) < 5 * 31 for n in drawn.values())
+    other = build_method(context, method, 5, scores=scores(), folder=tmp_path)[1]
+    assert not torch.equal(other.batch(0, 60), sampler.batch(0, 60))
+
+
+def test_losses_of_the_other_methods(context, tmp_path):
+    (tmp_path / "error_set.csv").write_text("path,y,predicted,error\n" + "".join(
+        f"{i}.png,0,0,{int(i in (1, 4))}\n" for i in range(6)
+    ))  # fmt: skip
+
+    def built(method, seed=4):
+        return build_method(context, method, seed, scores=scores(), folder=tmp_path)
+
+    for method in ("ddb-ii", "real-amplifier-ii"):
+        recipe, sampler = built(method)
+        # Divided by the largest of the class: 4, 3 and .25.
+        assert recipe.amplifier_loss.tolist() == pytest.approx([1 / 8, 1 / 2, 1, 1 / 3, 1, 1])
+        assert recipe.table.moving_average == 0.8 and recipe.class_maximum
+        assert sorted(sampler.batch(0, 6).tolist()) == list(range(6))
+    recipe, _ = built("lff")
+    assert (recipe.q, recipe.biased.moving_average, recipe.debiased.moving_average) == (
+        0.4,
+        0.6,
+        0.6,
+    )
+    recipe, sampler = built("jtt")
+    assert isinstance(recipe, ERM)
+    for epoch in range(2):
+        dealt = Counter(sampler.batch(epoch, 4 + 2 * 5).tolist())
+        assert dealt == {0: 1, 1: 5, 2: 1, 3: 1, 4: 5, 5: 1}
+    for method in ("erm", "lff", "jtt", "ddb-ii"):
+        order = [built(method, seed)[1].batch(0, 60).tolist() for seed in (4, 4, 5)]
+        assert order[0] == order[1] != order[2], method
+
+
+def trained(monkeypatch):
+    """Stand in for the training; what it was given. It looks once, after 10 images."""
+    seen = SimpleNamespace()
+
+    def train_classifier(context, network, config, images, y, **options):
+        vars(seen).update(options, network=network, images=images, y=y, config=config)
+        if options.get("selection") is not None:
+            options["selection"].look(network, 10)
+        return 1.0
+
+    monkeypatch.setattr(methods, "train_classifier", train_classifier)
+    return seen
+
+
+@pytest.mark.parametrize("method", ["erm", "lff"])
+def test_training_selection_and_figures_of_a_method(context, tmp_path, monkeypatch, method):
+    """Weights are chosen by validation images, the figures are of the test images."""
+    seen = trained(monkeypatch)
+    train_method(context, method, 3, tmp_path, tmp_path / "resume", None)
+    train = context.data.splits["train"]
+    assert seen.images is train.large and seen.y is train.y
+    assert seen.config is context.config.classifier and seen.seed == 3
+    assert method in seen.stage and "3" in seen.stage and seen.resume == tmp_path / "resume"
+    first, other = (first_networks(context.config.classifier, 3, "erm", s)[0] for s in (3, 4))
+    parts = list(seen.network.children())
+    kept = seen.network if method == "erm" else seen.network.debiased
+    if method == "lff":
+        assert not torch.equal(*(next(net.parameters()) for net in parts))
+    assert list(seen.clipped) == (parts if method == "lff" else [])
+    weights = [next(net.parameters()) for net in (kept, first, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    # Validation: 3 of 4 right, one of two in the worst group. Test: 2 of 5, none.
+    chosen = json.loads((tmp_path / "selection.json").read_text())
+    assert chosen["by"] == "worst_group_accuracy" and seen.selection._times == 7
+    (row,) = chosen["curve"]
+    assert (row["images"], row["average_accuracy"], row["worst_group_accuracy"]) == (10, 0.75, 0.5)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert (written["method"], written["seed"], written["images"]) == (method, 3, 10)
+    figures = {name: written[name]["metrics"] for name in ("test", "val")}
+    assert figures["val"]["average_accuracy"] == 0.75 and figures["test"]["average_accuracy"] == 0.4
+    assert figures["test"]["worst_group_accuracy"] == 0.0
+    # Of the groups of the test images the training split has 2, 1 and 1; all of them are aligned.
+    assert (
+        figures["test"]["aligned_accuracy"] == 0.4
+        and figures["test"]["conflicting_accuracy"] is None
+    )
+    expected = (2 * 1 + 1 * 0 + 1 * 1 / 3) / 4
+    assert figures["test"]["adjusted_average_accuracy"] == pytest.approx(expected)
+    network, _, classes = load_classifier(tmp_path / "model.safetensors")
+    assert torch.equal(next(network.parameters()), weights[1]) and classes == tuple("abc")
+
+
+def test_jtts_first_network_is_stopped_early_and_errs_on_training_images(
+    context, tmp_path, monkeypatch
+):
+    seen = trained(monkeypatch)
+    identify_errors(context, 3, tmp_path, tmp_path / "resume")
+    train = context.data.splits["train"]
+    assert seen.images is train.large and seen.y is train.y and seen.stop_at == 300
+    assert isinstance(seen.recipe, ERM) and seen.seed == 3
+    assert read_errors(tmp_path).tolist() == [False, True, True, False, True, False]
+
+
+def test_the_authors_factors_and_clusters_are_measured(context):
+    """Where the data has them: two attributes in one, and clusters of the images."""
+    data, y = context.data, torch.arange(40) // 20
+    right = torch.arange(40) % 20 < 12
+    split = coded(
+        y.tolist(), (torch.arange(40) % 4).tolist(), torch.where(right, y, 1 - y).tolist()
+    )
+    clusters = (torch.arange(40) % 20 // 10)[None]
+    context.data = replace(
+        data, classes=("a", "b"), biases=tuple("wxyz"), factors=(("bg", 2), ("object", 2)),
+        aligned_bias=(0, 3), splits={"train": split, "test": replace(split, clusters=clusters)},
+    )  # fmt: skip
+    metrics = methods.evaluate(context, None, None, "test")["metrics"]
+    # Of each class and attribute three of five are right; in the clusters 10 of 10 and 2 of 10.
+    assert metrics["average_accuracy"] == metrics["adjusted_average_accuracy"] == 0.6
+    assert [metrics[f"{name}_gap"] for name in ("bg", "object", "both")] == pytest.approx([0, 0, 0])
+    assert metrics["texture_unbiased_accuracy"] == pytest.approx(0.6)
+    assert (
+        "texture_unbiased_accuracy" not in methods.evaluate(context, None, None, "train")["metrics"]
+    )
 
 
 BASELINES = "erm lff jtt dfr real-amplifier-i real-amplifier-ii"
