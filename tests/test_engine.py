@@ -117,6 +117,7 @@ def train(
     torch.manual_seed(1)
     x, y = torch.randn(50, 6), torch.randn(50, 1)
     network = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    network.eval()  # as a network comes that was asked something before
     recipe = Table(50)
     ema = EMA(network, half_life=64, rampup=0.5)
     config = optimisation or Optimisation(images=240, batch_size=8, lr=0.01, grad_clip=1.0)
@@ -125,6 +126,7 @@ def train(
     def loss_of(model, index):
         if stop_after is not None and len(taken) == stop_after:
             raise KeyboardInterrupt
+        assert model.training
         taken.append(index)
         noise = 0.1 * torch.randn(len(index), 6)
         losses = (model(x[index] + noise) - y[index]).square().mean(1)

@@ -1,12 +1,17 @@
 """The verdict: hand-worked votes, and what is trained for it."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from ddb_fast.opinions import folds
+from ddb_fast import checkpoint, opinions
+from ddb_fast.config import with_fields
+from ddb_fast.opinions import folds, gather_opinions, read_opinions
+from ddb_fast.presets import PRESETS
 from ddb_fast.verdict import as_data, judge
 
 NETWORKS = ("amplifier", "again", "erm")
@@ -154,3 +159,54 @@ def test_folds_halve_every_class():
     assert not torch.equal(half, folds(y, seed=4))
     order = torch.randperm(len(y))
     assert set(folds(y[order], seed=3).tolist()) == {0, 1}
+
+
+def test_each_opinion_is_of_a_network_that_saw_none_of_the_images(monkeypatch, tmp_path):
+    """Networks that remember: what they say of an image is whether they were trained on it."""
+    config = with_fields(PRESETS["digits"](), {"seed": "5"})
+    y = torch.arange(12) % 2
+    small = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).repeat(1, 2, 2, 3)
+    made = 100 + torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).repeat(1, 3, 2, 2)
+    labels = torch.arange(8) % 2
+    checkpoint.save_tensors(tmp_path / "images.safetensors", {"images": made, "labels": labels}, {})
+    trained = []
+
+    def network(given, classes, *, seed):
+        assert given is config.amplifier and classes == 2
+        return SimpleNamespace(seed=seed, seen={}, to=lambda device: None)
+
+    def train(context, network, given, images, y, *, whole, recipe, sampler, seed, **options):
+        assert given is config.amplifier and whole and seed == sampler.seed == network.seed
+        assert sampler.n == len(images)
+        network.seen = dict(zip(images[:, 0, 0, 0].tolist(), y.tolist(), strict=True))
+        trained.append(network)
+
+    def logits(network, images, given, *, device, crop):
+        assert images is small and given is config.amplifier and not crop
+        said = [network.seen.get(i, 2) for i in images[:, 0, 0, 0].tolist()]
+        return torch.eye(5)[[4 if network.seed is None else x for x in said]]
+
+    amplifier = SimpleNamespace(seed=None, seen={}, to=lambda device: amplifier)
+    monkeypatch.setattr(opinions, "first_network", network)
+    monkeypatch.setattr(opinions, "train_classifier", train)
+    monkeypatch.setattr(opinions, "logits_of", logits)
+    monkeypatch.setattr(opinions, "load_classifier", lambda path: (amplifier, None, None))
+    context = SimpleNamespace(
+        config=config,
+        accelerator=SimpleNamespace(is_main_process=True, wait_for_everyone=nullcontext),
+        data=SimpleNamespace(
+            splits={"train": SimpleNamespace(small=small, y=y)}, classes=("a", "b")
+        ),
+        device=None,
+    )
+    folder = tmp_path / "audit"
+    places = {"synthetic": tmp_path, "amplifier": tmp_path, "folder": folder}
+    gather_opinions(context, **places, parts=tmp_path / "parts")
+    said = read_opinions(folder)
+    assert (said.amplifier == 4).all() and (said.again == 2).all() and (said.erm == 2).all()
+    again, first, second = trained
+    assert again.seen == dict(zip(range(100, 108), labels.tolist(), strict=True))
+    assert first.seen | second.seen == dict(enumerate(y.tolist()))
+    assert len(first.seen) == len(second.seen) == 6
+    # First weights of their own: the amplifier's are those of the run's seed.
+    assert len({5, again.seed, first.seed, second.seed}) == 4
