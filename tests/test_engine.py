@@ -1,8 +1,10 @@
 """The training loop: its clock, its moving average, and that stopping it changes nothing."""
 
+import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,6 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ddb_fast import checkpoint
 from ddb_fast.checkpoint import load_tensors
 from ddb_fast.config import Optimisation
 from ddb_fast.data.samplers import ShuffledSampler
@@ -178,6 +181,132 @@ def test_stopping_early_cuts_the_training_and_changes_none_of_its_steps(tmp_path
     whole, _ = load_tensors(tmp_path / "b" / "state.safetensors")
     for name, tensor in state.items():
         assert torch.equal(whole[f"model.{name}"], tensor), name
+
+
+def plain_fit(
+    network, loss_of, folder, *, seed=0, stage="test", accelerator=None, options=None, **config
+):
+    """`fit` on twenty images, with `options` of its own and a configuration."""
+    accelerator = accelerator or Accelerator(cpu=True)
+    return fit(
+        accelerator,
+        network,
+        loss_of,
+        config=Optimisation(**config),
+        sampler=ShuffledSampler(20, seed=3),
+        stage=stage,
+        seed=seed,
+        log=RunLog(accelerator, folder / "log.jsonl"),
+        checkpoints=Checkpoints(path=folder / "state.safetensors"),
+        show_progress=False,
+        **(options or {}),
+    )
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one norm", "a norm each"])
+def test_five_steps_worked_out_in_numpy(tmp_path, apart):
+    """SGD with momentum and decay on clipped gradients, a rate for each step, and the average.
+
+    Two linear models side by side, whose squared errors add up; in batches of two parts.
+    """
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(20, 3)), generator.normal(size=(20, 2)) * [1, 9]
+    first = generator.normal(size=(2, 3))
+    network = nn.ModuleList(nn.Linear(3, 1, bias=False) for _ in range(2)).double()
+    for part, weight in zip(network, first, strict=True):
+        part.weight.data = torch.tensor(weight)[None]
+    ema = EMA(network, half_life=24, rampup=1.0)
+    inputs, labels = torch.tensor(x), torch.tensor(y)
+
+    def loss_of(model, index):
+        answers = torch.cat([part(inputs[index]) for part in model], 1)
+        return (answers - labels[index]).square().mean(0).sum()
+
+    plain_fit(
+        network, loss_of, tmp_path, images=40, batch_size=8, optimizer="sgd", lr=0.2, momentum=0.8,
+        weight_decay=0.1, warmup=0.5, warmup_from=0.1, grad_clip=2.0, accumulate=2,
+        options={"clipped": tuple(network) if apart else (), "ema": ema},
+    )  # fmt: skip
+    weights, average, velocity, losses = first.copy(), first.copy(), 0.0, 0.0
+    # From .02 by .18 over 20 images; then half a cosine over the other 20.
+    rates = [0.02, 0.092, 0.164] + [0.1 * (1 + math.cos(math.pi * at)) for at in (0.2, 0.6)]
+    for step, rate in enumerate(rates):
+        index = ShuffledSampler(20, seed=3).batch(step, 8).numpy()
+        apart_by = x[index] @ weights.T - y[index]
+        losses += np.square(apart_by).sum() / 8
+        gradient = 2 * apart_by.T @ x[index] / 8
+        norm = np.linalg.norm(gradient, axis=1 if apart else None, keepdims=True)
+        gradient *= np.minimum(1, 2.0 / norm)
+        gradient += 0.1 * weights
+        velocity = gradient if step == 0 else 0.8 * velocity + gradient
+        weights = weights - rate * velocity
+        kept = 0.5 ** (8 / min(24, 8 * (step + 1)))
+        average = kept * average + (1 - kept) * weights
+    for found, expected in ((network.state_dict(), weights), (ema.tensors, average)):
+        found = torch.cat([found["0.weight"], found["1.weight"]])
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = np.diff([0, *(row["images"] for row in rows)]) / 8
+    assert steps @ [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+
+
+def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
+    """Ten steps of 100 s, saved when more than 5 minutes have passed; the seconds of all tries."""
+    clock, saved, write = [0.0], [], checkpoint.save_tensors
+    monkeypatch.setattr("ddb_fast.engine.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def save(path, tensors, about):
+        saved.append((about["step"], about["seconds"]))
+        write(path, tensors, about)
+
+    monkeypatch.setattr("ddb_fast.checkpoint.save_tensors", save)
+
+    def go(until=math.inf):
+        def loss_of(model, index):
+            if clock[0] == until:
+                raise KeyboardInterrupt
+            clock[0] += 100
+            return model(torch.ones(len(index), 1)).square().mean()
+
+        return plain_fit(nn.Linear(1, 1), loss_of, tmp_path, images=80, batch_size=8)
+
+    assert go() == 1000 and saved == [(4, 400), (8, 800)]
+    (tmp_path / "state.safetensors").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        go(until=1500)
+    assert go() == 400 + 600 and saved[2:] == [(4, 400), (8, 800)]
+
+
+def test_every_step_seed_stage_and_rank_draws_its_own(tmp_path):
+    """And each rank has its own half of every batch, in order."""
+
+    class Rank(Accelerator):
+        num_processes, process_index = 2, 0
+
+        def gather(self, tensor):
+            return tensor
+
+    drawn, taken = [], {}
+    for rank, seed, stage in ((0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")):
+        accelerator = Rank(cpu=True)
+        accelerator.process_index = rank
+        shares = taken.setdefault((rank, seed, stage), [])
+
+        def loss_of(model, index, shares=shares):
+            drawn.append(torch.randint(2**62, ()).item())
+            shares.append(index)
+            return model(torch.ones(len(index), 1)).square().mean()
+
+        options = {"seed": seed, "stage": stage, "accelerator": accelerator}
+        plain_fit(
+            nn.Linear(1, 1), loss_of, tmp_path, images=36, batch_size=12, accumulate=2, **options
+        )
+    # A step's two parts draw one after the other.
+    assert len(drawn) == len(set(drawn)) == 4 * 3 * 2
+    sampler = ShuffledSampler(20, seed=3)
+    for step in range(3):
+        parts = [taken[rank, 0, "a"][2 * step + part] for rank in (0, 1) for part in (0, 1)]
+        assert torch.equal(torch.cat(parts), sampler.batch(step, 12))
 
 
 class Looks:
