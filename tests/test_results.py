@@ -6,14 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
+from ddb_fast.checkpoint import save_tensors
 from ddb_fast.config import ClassifierConfig
 from ddb_fast.data.store import ImageData, Split
 from ddb_fast.methods import evaluate
 from ddb_fast.metrics import summarise
 from ddb_fast.presets import PRESETS
 from ddb_fast.results import collect_results, table
+from ddb_fast.scoring import Scores
 
 FACTORS = (("background", 2), ("co_object", 2))
 CONFIG = ClassifierConfig(images=1, batch_size=1, image_size=8, pixel_norm="symmetric")
@@ -116,6 +119,57 @@ def test_texture_accuracy_of_the_validation_images_counts_where_the_test_has_no_
     results = gathered(tmp_path / "own", [{**own, "val": seeds[0]["val"]}])
     assert results["methods"]["erm"]["metrics"]["texture_unbiased_accuracy"]["mean"] == 0.5
     assert "validation split" not in table(results)
+
+
+def test_what_is_said_of_amplifiers_generator_and_bias(tmp_path):
+    """Of seven training images the third, fourth and last conflict; AUROC by scikit-learn."""
+    y, a = torch.tensor([0, 0, 0, 1, 1, 1, 1]), [0, 0, 1, 2, 3, 3, 0]
+    conflicting = [0, 0, 1, 1, 0, 0, 1]
+    train = split_of(y.tolist(), a, [False] * 7)
+    rising = torch.tensor([0.1, 0.7, 0.5, 0.9, 0.2, 0.3, 0.4])
+    predicted = torch.tensor([0, 1, 1, 1, 1, 1, 0])
+    marked = torch.tensor([False, True, True, True, True, False, False])
+    scores = Scores(y, predicted, rising.flip(0), rising, marked)
+    control = Scores(y, y, rising, -rising, ~marked)
+    made = {"images": torch.zeros(5, 3, 2, 2), "labels": torch.tensor([0, 0, 1, 1, 1])}
+    save_tensors(tmp_path / "synthetic" / "images.safetensors", made, {})
+    erm, again = torch.tensor([[0, 0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 1, 1, 0]])
+    said = {"amplifier": predicted, "again": again, "erm": erm}
+    save_tensors(tmp_path / "audit" / "predictions.safetensors", said, {})
+    (tmp_path / "memorisation.json").write_text('{"excess": false}')
+
+    def colour(images):
+        assert images.shape == (5, 3, 2, 2)
+        return torch.tensor([0, 1, 3, 3, 0])
+
+    data = data_of(train, tuple("abcd"), test=split_of([0, 1], [0, 0], [False, True]))
+    config = replace(PRESETS["tiny"](), methods=())
+    results = collect_results(
+        tmp_path, config, replace(data, bias_of=colour), scores, {"s": 1.5}, real_scores=control
+    )
+    assert results["amplifier"] == {
+        "split": "train",
+        "auroc": pytest.approx(roc_auc_score(conflicting, rising)),
+        "average_precision": pytest.approx(average_precision_score(conflicting, rising)),
+        "pseudo_precision": 2 / 4,
+        "pseudo_recall": pytest.approx(2 / 3),
+        "aligned_accuracy": 3 / 4,
+        "conflicting_accuracy": pytest.approx(1 / 3),
+    }
+    real = results["real_amplifier"]
+    assert real["auroc"] == pytest.approx(roc_auc_score(conflicting, -rising))
+    assert (real["pseudo_precision"], real["aligned_accuracy"]) == (pytest.approx(1 / 3), 1)
+    assert results["synthetic"] == {"count": 5, "aligned_share": 3 / 5, "aligned_by": "colour"}
+    # Both amplifiers call the second and the last another class, the ERM the last; five are wrong
+    # for either. The worse amplifier errs on three more of the seven than the ERM.
+    assert results["verdict"]["suspicious"]["count"] == 2
+    values = [check["value"] for check in results["verdict"]["checks"]]
+    assert values == pytest.approx([1 / 7, 1 / 5, 3 / 7])
+    assert results["memorisation"] == {"excess": False}
+    assert results["seconds"] == {"s": 1.5} and results["methods"] == {}
+    blind = collect_results(tmp_path, config, replace(data, biases=None), scores, {})
+    assert blind["amplifier"]["auroc"] is blind["synthetic"]["aligned_share"] is None
+    assert blind["real_amplifier"] is None
 
 
 def test_a_metric_that_some_seeds_lack_has_no_mean(tmp_path):
