@@ -118,3 +118,29 @@ def test_synthetic_images_of_ones_own_are_decoded_by_every_core(tmp_path, monkey
     (tmp_path / "own" / "disc" / "1.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"1\.png"):
         import_synthetic(context, tmp_path / "again")
+
+
+@pytest.mark.parametrize(("fit", "corner"), [("pad", 0), ("squash", 200)])
+def test_synthetic_images_of_ones_own_get_the_numbers_of_their_classes(tmp_path, fit, corner):
+    """Folders sort b, z; the data counts z, b. They are fitted to the generator's size as it is."""
+    for name, grey, count in (("z", 100, 2), ("b", 200, 3)):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (4, 4), (grey, grey, grey)).save(tmp_path / "own" / name / f"{i}.png")
+    fields = {"diffusion.image_size": "8", "sampling.load": str(tmp_path / "own")}
+    context = SimpleNamespace(
+        config=with_fields(PRESETS["digits"](), fields),
+        data=SimpleNamespace(classes=("z", "b"), fit=fit),
+        accelerator=SimpleNamespace(is_main_process=True),
+    )
+    import_synthetic(context, tmp_path / "synthetic")
+    tensors, _ = load_tensors(tmp_path / "synthetic" / "images.safetensors")
+    images, labels = tensors["images"], tensors["labels"]
+    assert images.shape == (5, 3, 8, 8) and images.dtype == torch.uint8
+    assert sorted(labels.tolist()) == [0, 0, 1, 1, 1]
+    assert torch.equal(images[:, 0, 4, 4].int(), torch.where(labels == 1, 200, 100).int())
+    assert images[labels == 1][0, 0, 0, 0] == corner
+    assert (tensors["seeds"] == -1).all()
+    context.data.classes = ("z", "c")
+    with pytest.raises(ValueError, match="its classes"):
+        import_synthetic(context, tmp_path / "synthetic")
