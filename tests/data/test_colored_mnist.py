@@ -15,10 +15,12 @@ from ddb_fast import cli
 from ddb_fast.config import DataConfig
 from ddb_fast.data.benchmarks.colored_mnist import (
     colours_of,
+    held_out,
     list_colored_mnist,
     recoloured,
     stroke_colour,
 )
+from ddb_fast.data.digits import COLOURS
 from ddb_fast.data.sources import open_listing
 from ddb_fast.data.store import pad
 
@@ -184,6 +186,65 @@ def test_files_raw_or_compressed_and_a_warning_that_it_is_not_mnist(small, caplo
     assert "200 train images, not MNIST's 60000" in caplog.text
     again = list_colored_mnist(small, rho=0.9, validation_share=0.0)
     assert again.fingerprint == listing.fingerprint
+
+
+# --- the protocol where MNIST is not: other labels, other strokes ---------------------------------
+
+
+def test_colours_of_any_labels_are_the_protocols():
+    labels = np.random.default_rng(0).integers(0, 10, 3000) ** 2 // 10
+    assert len(set(labels)) < 10, "a digit without images"
+    for rho, own, others in (
+        (".95", 8550, 50),
+        (".9", 8100, 100),
+        (".1", 900, 900),
+        ("1", 9000, 0),
+    ):
+        assert (colours_of(labels, Fraction(rho)) == dealt(labels, own, others)).all()
+
+
+@pytest.mark.parametrize("share", ["0", "0.1", "0.25", "1"])
+def test_each_colour_gives_its_share_to_validation(share):
+    labels = np.random.default_rng(1).integers(0, 10, 5000)
+    colours, part = colours_of(labels, Fraction("0.8")), Fraction(share)
+    held = held_out(labels, colours, part)
+    for y in range(10):
+        of_class = labels == y
+        assert held[of_class].sum() == int(part * int(of_class.sum()) + Fraction(1, 2))
+        cells = [of_class & (colours == c) for c in range(10)] + [of_class & (colours != y)]
+        assert all(abs(held[cell].sum() - part * int(cell.sum())) < 1 for cell in cells)
+    # In the order of the file the held-out images are spread, and not the first of a colour.
+    own = np.flatnonzero((labels == 3) & (colours == 3))
+    if 0 < part < 1:
+        assert np.diff(np.flatnonzero(held[own])).max() <= -(-1 // part)
+
+
+def test_any_strokes_are_drawn_in_a_noisy_mean_colour_and_it_is_read_off(small):
+    listing = list_colored_mnist(small, rho=0.5, validation_share=0.0)
+    strokes = np.random.default_rng(0).integers(0, 256, (200, 28, 28)).astype(float)
+    noise, pictures, truth = [], [], []
+    for split in ("train", "test"):
+        entries = in_file_order(listing, split)
+        images = np.stack([e.pixels for e in entries]).astype(float)
+        # The largest stroke tells the colour to half of one of 255 levels.
+        brightest = strokes.reshape(200, -1).argmax(1)
+        level = strokes.reshape(200, -1).max(1)
+        shade = images.reshape(200, -1, 3)[np.arange(200), brightest] / level[:, None]
+        assert np.abs(images - strokes[..., None] * shade[:, None, None]).max() <= 1.01
+        a = np.array([e.a for e in entries])
+        noise.append(shade - COLOURS[a])
+        noise[-1][(COLOURS[a] < 0.03) | (COLOURS[a] > 0.97)] = np.nan
+        pictures.append(torch.tensor(images).byte().permute(0, 3, 1, 2))
+        truth.append(torch.tensor(a))
+    for of_split in noise:
+        assert np.abs(np.nanmean(of_split)) < 1e-3
+        assert np.nanstd(of_split) == pytest.approx(0.005, rel=0.1)
+    assert np.nanmax(np.abs(noise[0] - noise[1])) > 0.005, "each split has noise of its own"
+    # More of them than are looked at at once.
+    assert torch.equal(stroke_colour(torch.cat(3 * pictures)), torch.cat(3 * truth))
+    cells = Counter((i % 10, colour) for i, colour in enumerate(truth[1].tolist()))
+    assert set(cells.values()) == {2} and len(cells) == 100, "two test images in each colour"
+    assert listing.aligned_bias == tuple(range(10)) and listing.fit == "pad"
 
 
 def test_files_that_are_wrong(small, capsys):
