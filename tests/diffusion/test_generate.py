@@ -15,7 +15,14 @@ from ddb_fast.diffusion.generate import (
     plan,
 )
 from ddb_fast.diffusion.guidance import guided
-from ddb_fast.diffusion.samplers import sample_dpm_solver_pp_2m, timesteps
+from ddb_fast.diffusion.samplers import (
+    sample_ddim,
+    sample_ddpm,
+    sample_ddpm_authors,
+    sample_dpm_solver_pp_2m,
+    sample_unipc,
+    timesteps,
+)
 from ddb_fast.diffusion.schedule import Schedule
 from ddb_fast.models.unet import UNet
 
@@ -113,12 +120,15 @@ def test_images_differ_between_seeds_and_classes(sampler):
     assert torch.equal(same_seed[0], same_seed[3])
 
 
-def test_it_is_the_sampler_on_the_images_own_noise():
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_it_is_the_sampler_on_the_images_own_noise(name):
     """Assembled by hand from the parts, for one image and without padding."""
-    noise = np.random.Generator(np.random.PCG64(int(SEEDS[1]))).standard_normal(
-        (3, 8, 8), dtype=np.float32
-    )
-    x = torch.from_numpy(noise)[None].to(memory_format=torch.channels_last)
+    stream = np.random.Generator(np.random.PCG64(int(SEEDS[1])))
+
+    def noise():
+        x = torch.from_numpy(stream.standard_normal((3, 8, 8), dtype=np.float32))[None]
+        return x.to(memory_format=torch.channels_last)
+
     white = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
     limits = normalise(0 * white, "imagenet"), normalise(white, "imagenet")
     denoise = guided(
@@ -130,11 +140,20 @@ def test_it_is_the_sampler_on_the_images_own_noise():
         schedule=SCHEDULE,
         clip=limits,
     )
+    sample, more = {
+        "ddpm": (sample_ddpm, {"noise": noise}),
+        "ddpm-authors": (sample_ddpm_authors, {"noise": noise}),
+        "ddim": (sample_ddim, {}),
+        "dpm-solver-pp-2m": (sample_dpm_solver_pp_2m, {}),
+        "unipc": (sample_unipc, {}),
+    }[name]
+    if name != "ddpm-authors":
+        more = more | {"timesteps": timesteps(50, 5)}
     with torch.inference_mode():
-        walk = timesteps(50, 5)
-        x = sample_dpm_solver_pp_2m(denoise, x.clone(), schedule=SCHEDULE, timesteps=walk)
+        x = sample(denoise, noise().clone(), schedule=SCHEDULE, **more)
     expected = denormalise(x, "imagenet").int()
-    got = generate([1], target="v", guidance_scale=3.0, pixel_norm="imagenet").int()
+    options = {"target": "v", "guidance_scale": 3.0, "pixel_norm": "imagenet"}
+    got = generate([1], sampler=name, **options).int()
     # Another batch size may round differently, which moves a pixel by a level at most.
     assert (got - expected).abs().max() <= 1
 
