@@ -5,6 +5,7 @@ import io
 import json
 import math
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,6 +128,39 @@ def test_more_images_than_a_batch_are_asked_in_their_order(statistics):
     assert np.array_equal(blind.probabilities, table.probabilities)
     with pytest.raises(ValueError, match="not of 2 classes"):
         table_of(logits, statistics, paths=paths, y=torch.full((300,), 2))
+
+
+class Shown(nn.Module):
+    """Remembers what it is shown, and in which mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append((self.training, x))
+        return torch.zeros(len(x), 2)
+
+
+def test_the_whole_small_image_is_scored():
+    """The corners too, which a target classifier's centre crop leaves out."""
+    pixels = torch.zeros(3, 64, 64, 3, dtype=torch.uint8)
+    pixels[:, :4, :4] = pixels[:, -4:, -4:] = 255
+    network = Shown()
+    logits_of(network, pixels, CONFIG, device=torch.device("cpu"), crop=False)
+    ((training, x),) = network.seen
+    # Of 4 x 4 pixels the first and the last are lighter; a crop of 56 loses the marks.
+    assert (x[0, 0] > -1).nonzero().tolist() == [[0, 0], [3, 3]] and not training
+
+
+def test_target_classifiers_are_asked_of_the_centre():
+    pixels = torch.randint(0, 256, (300, 16, 16, 3), dtype=torch.uint8)
+    network, config = Shown(), replace(CONFIG, image_size=14)
+    logits = logits_of(network, pixels, config, device=torch.device("cpu"), crop=True)
+    assert logits.shape == (300, 2) and [t for t, _ in network.seen] == [False, False]
+    # 14 of 16 pixels are the share of a plain crop.
+    expected = pixels[:, 1:15, 1:15].permute(0, 3, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(torch.cat([x for _, x in network.seen]), expected)
 
 
 @pytest.fixture
