@@ -69,6 +69,14 @@ def test_an_explicit_alignment_wins():
     assert groups.bias_aligned.all()
 
 
+def test_labels_of_few_bits_number_many_groups():
+    """Group 29 * 10 + 9 does not fit the eight bits that the labels come in."""
+    y, a = torch.tensor([29, 2], dtype=torch.uint8), torch.tensor([9, 3], dtype=torch.uint8)
+    groups = Groups.from_labels(y, a, num_classes=30, num_biases=10)
+    assert groups.ids.tolist() == [299, 23] and groups.ids.dtype == torch.int64
+    assert majority_bias(y, a, num_classes=30, num_biases=10)[29] == 9
+
+
 def test_an_empty_split_has_groups_without_samples():
     empty = torch.empty(0, dtype=torch.int64)
     groups = Groups.from_labels(empty, empty, num_classes=2, num_biases=2)
@@ -106,6 +114,7 @@ def test_every_sample_is_in_the_group_of_its_labels(case):
         ([0, -1], [0, 0], {}, "y has 1 values outside 0..0: -1"),
         ([0, 1], [0, 5], {"num_biases": 2}, "a has 1 values outside 0..1: 5"),
         ([0, 1], [0], {}, r"a has shape \(1,\), expected \(2,\)"),
+        ([0, 1], [0], {"num_biases": 2}, r"a has shape \(1,\), expected \(2,\)"),
         ([[0, 1]], [[0, 1]], {}, r"y has shape \(1, 2\), expected \(N,\)"),
         ([0.5, 1.0], [0, 1], {}, "y must hold integers, got torch.float32"),
         ([0, 1], [True, False], {}, "a must hold integers, got torch.bool"),
