@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import small
-from ddb_fast import methods
-from ddb_fast.classification import load_classifier
+from ddb_fast import methods, pipeline
+from ddb_fast.classification import load_classifier, save_classifier
 from ddb_fast.config import METHODS, from_json, with_fields
 from ddb_fast.data.store import ImageData, Split
 from ddb_fast.methods import (
@@ -24,10 +24,12 @@ from ddb_fast.methods import (
     first_networks,
     identify_errors,
     read_errors,
+    retrain_last_layer,
     train_method,
 )
+from ddb_fast.models.classifiers import linear_head
 from ddb_fast.presets import PRESETS
-from ddb_fast.recipes import ERM
+from ddb_fast.recipes import ERM, reweighted_last_layer
 from ddb_fast.scoring import Scores
 from ddb_fast.train import main
 
@@ -387,7 +389,78 @@ def test_jtts_first_network_is_stopped_early_and_errs_on_training_images(
     assert read_errors(tmp_path).tolist() == [False, True, True, False, True, False]
 
 
-def test_the_authors_factors_and_clusters_are_measured(context):
+def test_dfr_is_fitted_to_the_validation_images_groups(context, tmp_path, monkeypatch):
+    """As the recipe is, asked by hand, of the features of erm's network; the rest stays erm's."""
+    y, a = [0] * 20 + [1] * 20 + [2] * 20, [0, 1, 1, 1] * 15
+    context.data.splits["val"] = coded(y, a, y)
+    fields = {"dfr.draws": "3", "dfr.inverse_strengths": "0.5"}
+    context.config = with_fields(context.config, fields)
+    erm = tmp_path / "erm" / "seed3"
+    network = first_networks(context.config.classifier, 3, "erm", 9)[0]
+    save_classifier(erm / "model.safetensors", network, context.config.classifier, tuple("abc"))
+    features = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    features[:, 0] += torch.tensor(y)
+
+    def features_of(network, images, config, *, device, crop=True):
+        assert images is context.data.splits["val"].large and crop
+        return features
+
+    monkeypatch.setattr(methods, "features_of", features_of)
+    retrain_last_layer(context, 3, erm, tmp_path / "dfr")
+    expected = reweighted_last_layer(
+        features,
+        torch.tensor(y),
+        torch.tensor(y) * 2 + torch.tensor(a),
+        3,
+        inverse_strengths=(0.5,),
+        draws=3,
+        seed=3,
+    )
+    kept, _, _ = load_classifier(tmp_path / "dfr" / "model.safetensors")
+    head = linear_head(kept)
+    assert torch.equal(head.weight, expected.weight) and torch.equal(head.bias, expected.bias)
+    assert torch.equal(next(kept.parameters()), next(network.parameters()))
+    written = json.loads((tmp_path / "dfr" / "metrics.json").read_text())
+    assert (written["method"], written["seed"], written["inverse_strength"]) == ("dfr", 3, 0.5)
+
+
+def test_each_method_is_given_the_scores_of_its_own_amplifier(monkeypatch, tmp_path):
+    done = []
+
+    def note(name):
+        return lambda context, *given: done.append((name, *given))
+
+    for name in ("train_method", "identify_errors", "retrain_last_layer"):
+        monkeypatch.setattr(pipeline, name, note(name))
+    chosen = ("erm", "jtt", "dfr", "ddb-i", "ddb-ii", "real-amplifier-i", "real-amplifier-ii")
+    context = SimpleNamespace(config=SimpleNamespace(seeds=(2, 7), methods=chosen))
+    keys = []
+
+    def stage(key, work, unfinished):
+        keys.append(key)
+        work()
+
+    pipeline._train_methods(context, stage, tmp_path, "synthetic", "real")
+    given = {(words[1], words[2]): words for words in done if words[0] == "train_method"}
+    for seed in (2, 7):
+        for method in chosen:
+            folder = tmp_path / method / f"seed{seed}"
+            if method == "dfr":
+                erm = tmp_path / "erm" / f"seed{seed}"
+                assert ("retrain_last_layer", seed, erm, folder) in done
+                continue
+            scores = "real" if method.startswith("real") else "synthetic"
+            assert given[method, seed][3:] == (
+                folder, folder / "checkpoint.safetensors", scores
+            )  # fmt: skip
+        folder = tmp_path / "jtt" / f"seed{seed}"
+        resume = folder / "identification_checkpoint.safetensors"
+        assert ("identify_errors", seed, folder, resume) in done
+        assert keys.index(f"jtt-identification/{seed}") < keys.index(f"jtt/seed{seed}")
+    assert len(keys) == len(set(keys)) == 2 * 8
+
+
+def test_factors_and_clusters_are_measured(context):
     """Where the data has them: two attributes in one, and clusters of the images."""
     data, y = context.data, torch.arange(40) // 20
     right = torch.arange(40) % 20 < 12
