@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import small
 from ddb_fast.arguments import field_texts, parse_run
 from ddb_fast.config import (
     METHODS,
@@ -58,6 +59,67 @@ def test_ddb_is_the_authors_schedule():
     assert (d.beta_start, d.beta_end, d.timesteps, d.target) == (1e-4, 0.028, 1000, "eps")
     assert (d.lr * d.warmup_from, d.lr) == (pytest.approx(1e-4), 2.5e-4)
     assert d.unet.channel_multipliers == (1, 2, 2, 2)
+    assert (d.unet.channels, d.unet.blocks_per_level, d.unet.embedding) == (128, 2, 512)
+    assert (d.unet.dropout, d.unet.norm_groups, d.unet.head_channels) == (0.15, 32, None)
+    assert (d.unet.attention_levels, d.unet.attention_up) == ((0, 1, 2, 3), False)
+    assert d.unet.time_table and d.unet.resample == "authors"
+    assert (d.optimizer, d.weight_decay, d.grad_clip) == ("adamw", 1e-4, 1.0)
+    assert (d.warmup, d.lr_schedule, d.schedule) == (0.1, "cosine-cut", "linear")
+    assert (d.image_size, d.class_dropout) == (64, 0.1)
+
+
+def test_the_papers_figures_are_the_defaults():
+    """What the paper and the works it builds on fix (docs/reproducing.md)."""
+    config = load_config("ddb")
+    assert (config.sampling.per_class, config.sampling.guidance_scale) == (1000, 2.0)
+    amplifier, pseudo = config.amplifier, config.pseudo_labels
+    assert (amplifier.model, amplifier.optimizer) == ("densenet121", "adamw")
+    assert (amplifier.lr, amplifier.weight_decay, amplifier.image_size) == (1e-4, 1e-2, 64)
+    assert (pseudo.gamma, pseudo.stats_over, pseudo.filter) == (3.0, "correct", "threshold")
+    assert pseudo.pseudo_groups == "conflicting"
+    assert (config.group_dro.step_size, config.group_dro.adjustment) == (0.01, 0.0)
+    assert (config.reweighting.moving_average, config.reweighting.class_maximum) == (None, False)
+    assert (config.lff.q, config.lff.moving_average) == (0.7, 0.7)
+    assert (config.jtt.first_share, config.jtt.upweight) == (60 / 300, 100)
+    assert config.dfr.inverse_strengths == (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
+    assert config.dfr.draws == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [
+        ("colored-mnist", 60_000),
+        ("waterbirds", 3498 + 184 + 56 + 1057),
+        ("bffhq", 19_104 + 96),
+        ("bar", 1_941),
+        ("bar-rho", 1_551 + 82),
+        ("imagenet-9", 54_600),
+        ("urbancars", 2 * (3610 + 190 + 190 + 10)),
+    ],
+)
+def test_presets_of_published_sets_are_as_the_table_says(name, images):
+    """Target, length and kept weights in docs/reproducing.md, and the published training images."""
+    text = (small.ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
+    rows = {row.split("`")[1]: row for row in text.splitlines() if row.startswith("| `")}
+    row, config = rows[name], load_config(name)
+    if name == "bar-rho":
+        row = rows["bar"]
+    target = config.classifier
+    shown = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "mlp": "MLP 2352-100-100-100-10"}
+    start = "scratch" if target.weights is None else "ImageNet"
+    assert f"| {shown[target.model]}, {start} |" in row
+    epochs, rest = divmod(target.images, images)
+    assert rest == 0 and f"| {epochs} epochs, batch {target.batch_size}, " in row
+    rate = next(rate for rate in ("1e-3", "1e-4") if float(rate) == target.lr)
+    plain = target.weight_decay == 0
+    rule = "SGD" if target.optimizer == "sgd" else "Adam" if plain else "AdamW"
+    assert f", {rule} {rate}" in row
+    assert ("decay 1e-4" in row) == (target.optimizer == "sgd") == (target.weight_decay == 1e-4)
+    kept = "best worst group on validation" if "worst" in config.selection else config.selection
+    assert f"| {kept} |" in row
+    constant = target.lr_schedule == "constant"
+    assert constant == (name in ("colored-mnist", "waterbirds", "urbancars"))
+    assert config.data.source == name
 
 
 @pytest.mark.parametrize(
