@@ -6,7 +6,7 @@ import torch
 from ddb_fast.data import pixels
 from ddb_fast.data.pixels import denormalise, normalise, value_range
 
-KINDS = ("symmetric", "imagenet")
+KINDS = ("symmetric", "imagenet", "double-255")
 EVERY_VALUE = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
 
 
@@ -28,6 +28,13 @@ def test_imagenet_figures():
     black = normalise(torch.zeros((1, 3, 1, 1), dtype=torch.uint8), "imagenet").flatten()
     assert white.tolist() == pytest.approx([2.248908, 2.428571, 2.640000], abs=1e-6)
     assert black.tolist() == pytest.approx([-2.117904, -2.035714, -1.804444], abs=1e-6)
+
+
+def test_double_255_divides_twice():
+    """As the published Colored MNIST code: to [0, 1], and by 255 again; each channel alike."""
+    x = normalise(EVERY_VALUE, "double-255")
+    expected = EVERY_VALUE.double() / 255 / 255
+    torch.testing.assert_close(x.double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,7 @@
 """DFR's last layer against scikit-learn used directly, and against a layer that is known."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import sklearn
@@ -9,7 +11,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ddb_fast.recipes import reweighted_last_layer
+from ddb_fast.recipes import dfr, reweighted_last_layer
 
 L1 = (
     {"l1_ratio": 1.0} if int(sklearn.__version__.split(".")[1]) >= 8 else {"penalty": "l1"}
@@ -103,6 +105,47 @@ def test_the_strength_with_the_best_worst_group_is_chosen():
     assert chosen.inverse_strength == 0.1
     equal = reweighted_last_layer(features, y, groups, 2, inverse_strengths=[1e-6, 2e-6], draws=1)
     assert equal.inverse_strength == 1e-6, "of equals the first"
+    # Features far from zero: what is chosen by has the bias that goes with the weights.
+    far = reweighted_last_layer(features + 100, y, groups, 2, inverse_strengths=options, draws=1)
+    assert far.inverse_strength == 0.1
+
+
+def test_strengths_are_chosen_on_images_that_did_not_train(monkeypatch):
+    """Groups of 5, 8 and 1 are halved to 3, 4 and 1 that train, and 2, 4 and none that decide."""
+    y, groups = torch.tensor([0] * 5 + [1] * 9), torch.tensor([0] * 5 + [1] * 8 + [2])
+    trained, asked = [], []
+
+    def fit(x, labels, num_classes, *, strength, seed):
+        trained.append(x[:, 0].astype(int).tolist())
+        return np.full((2, 1), len(trained)), np.full(2, -2 * len(trained))
+
+    def accuracy(layer, x, labels, ids):
+        numbers = x[:, 0].astype(int)
+        assert (labels == y.numpy()[numbers]).all() and (ids == groups.numpy()[numbers]).all()
+        asked.append(numbers.tolist())
+        return 0.5
+
+    monkeypatch.setattr(dfr, "_fit", fit)
+    monkeypatch.setattr(dfr, "_worst_group_accuracy", accuracy)
+    number = torch.arange(14.0)[:, None]
+    layer = reweighted_last_layer(number, y, groups, 2, inverse_strengths=[0.1, 0.2], draws=2)
+    assert layer.weight.dtype == layer.bias.dtype == torch.float32
+    # The mean of the third and the fourth fit, two having gone into the choice.
+    assert layer.weight.flatten().tolist() == [3.5, 3.5] and layer.bias.tolist() == [-7, -7]
+    assert trained[0] == trained[1] and asked[0] == asked[1] and len(asked) == 2
+    assert Counter(groups[asked[0]].tolist()) == {0: 2, 1: 4}
+    assert Counter(groups[trained[0]].tolist()) == {0: 1, 1: 1, 2: 1}
+    assert not set(trained[0]) & set(asked[0])
+    # Without the group of one all that is in the halves shows: a balanced draw is of three each.
+    trained.clear()
+    reweighted_last_layer(
+        number[:13], y[:13], groups[:13], 2, inverse_strengths=[0.1, 0.2], draws=2
+    )
+    assert Counter(groups[trained[0]].tolist()) == {0: 3, 1: 3}
+    assert not set(trained[0]) & set(asked[2])
+    # The draws that make the layer are from all images, each its own.
+    assert [Counter(groups[part].tolist()) for part in trained[2:]] == 2 * [{0: 5, 1: 5}]
+    assert sorted(trained[2]) != sorted(trained[3])
 
 
 def test_draws_take_the_smallest_group_and_skip_empty_ones():
