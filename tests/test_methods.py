@@ -18,6 +18,7 @@ import small
 from ddb_fast import methods, pipeline
 from ddb_fast.classification import load_classifier, save_classifier
 from ddb_fast.config import METHODS, from_json, with_fields
+from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.store import ImageData, Split
 from ddb_fast.methods import (
     build_method,
@@ -29,7 +30,7 @@ from ddb_fast.methods import (
 )
 from ddb_fast.models.classifiers import linear_head
 from ddb_fast.presets import PRESETS
-from ddb_fast.recipes import ERM, reweighted_last_layer
+from ddb_fast.recipes import ERM, LfF, reweighted_last_layer
 from ddb_fast.scoring import Scores
 from ddb_fast.train import main
 
@@ -350,6 +351,8 @@ def test_training_selection_and_figures_of_a_method(context, tmp_path, monkeypat
     assert seen.config is context.config.classifier and seen.seed == 3
     assert method in seen.stage and "3" in seen.stage and seen.resume == tmp_path / "resume"
     first, other = (first_networks(context.config.classifier, 3, "erm", s)[0] for s in (3, 4))
+    assert isinstance(seen.recipe, ERM if method == "erm" else LfF)
+    assert torch.equal(seen.sampler.batch(0, 9), ShuffledSampler(6, seed=3).batch(0, 9))
     parts = list(seen.network.children())
     kept = seen.network if method == "erm" else seen.network.debiased
     if method == "lff":
@@ -386,7 +389,16 @@ def test_jtts_first_network_is_stopped_early_and_errs_on_training_images(
     train = context.data.splits["train"]
     assert seen.images is train.large and seen.y is train.y and seen.stop_at == 300
     assert isinstance(seen.recipe, ERM) and seen.seed == 3
+    assert seen.resume == tmp_path / "resume"
+    assert torch.equal(seen.sampler.batch(0, 9), ShuffledSampler(6, seed=3).batch(0, 9))
     assert read_errors(tmp_path).tolist() == [False, True, True, False, True, False]
+
+
+def test_without_validation_images_there_are_no_figures_of_them(context, tmp_path):
+    del context.data.splits["val"]
+    network = first_networks(context.config.classifier, 3, "erm", 0)[0]
+    methods.save_and_evaluate(context, "erm", 0, network, tmp_path)
+    assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["method", "seed", "test"]
 
 
 def test_dfr_is_fitted_to_the_validation_images_groups(context, tmp_path, monkeypatch):

@@ -173,7 +173,7 @@ def test_folds_halve_every_class():
 
 def test_each_opinion_is_of_a_network_that_saw_none_of_the_images(monkeypatch, tmp_path):
     """Networks that remember: what they say of an image is whether they were trained on it."""
-    config = with_fields(PRESETS["digits"](), {"seed": "5"})
+    config = with_fields(PRESETS["digits"](), {"seed": "1"})
     y = torch.arange(12) % 2
     small = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).repeat(1, 2, 2, 3)
     made = 100 + torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).repeat(1, 3, 2, 2)
@@ -219,4 +219,4 @@ def test_each_opinion_is_of_a_network_that_saw_none_of_the_images(monkeypatch, t
     assert first.seen | second.seen == dict(enumerate(y.tolist()))
     assert len(first.seen) == len(second.seen) == 6
     # First weights of their own: the amplifier's are those of the run's seed.
-    assert len({5, again.seed, first.seed, second.seed}) == 4
+    assert len({1, again.seed, first.seed, second.seed}) == 4
