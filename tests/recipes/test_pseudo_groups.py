@@ -131,6 +131,8 @@ def test_group_ids():
         (lambda: conflicting_groups(Y + 1, PREDICTED != Y), "they come before y"),
         (lambda: predicted_groups(PREDICTED, Y[:2], 2), "differ"),
         (lambda: predicted_groups(PREDICTED + 1, Y, 2), "predicted outside 0..1: 2"),
+        (lambda: predicted_groups(PREDICTED, Y + 1, 2), "y outside 0..1: 2"),
+        (lambda: pseudo_groups(LOSS[None], PREDICTED[None], Y[None], 2), r"must be \(N,\)"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
