@@ -1,5 +1,6 @@
 """How often the verdict is right: Colored Digits from unbiased to strongly biased, many draws.
 
+--classes: of neighbouring digits (of 2: 0 to 4 and 5 to 9), so that a bias is a family of colours.
 --overlapping: two classes instead, which grey levels tell apart, and not always.
 
 python benchmarks/verdict.py --work DIR --out docs/verdict --rho 0.1 0.95 --draws 12
@@ -23,23 +24,27 @@ from PIL import Image
 from ddb_fast.data.digits import digits
 
 
-def write_set(root: Path, rho: float, draw: int, mislabelled: float) -> dict[str, bool]:
+def write_set(
+    root: Path, rho: float, draw: int, mislabelled: float, classes: int
+) -> dict[str, bool]:
     """Write the training and validation images; whether each training path is in conflict.
 
-    mislabelled: share of the images that stand in the next class's folder.
+    mislabelled: share of the images that stand in the next class's folder. classes: a divisor of
+    ten; a colour is in conflict where it is of another class's digits.
     """
     conflicting = {}
     strangers = np.random.default_rng(draw)
     for entry in digits(rho, draw=draw).entries:
         if entry.split == "test":
             continue
-        y = (entry.y + (strangers.random() < mislabelled)) % 10
+        own, colour = (number * classes // 10 for number in (entry.y, entry.a))
+        y = (own + (strangers.random() < mislabelled)) % classes
         path = Path(entry.split, str(y), Path(entry.path).name)
         if not (root / path).exists():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(entry.pixels).save(root / path)
         if entry.split == "train":
-            conflicting[path.as_posix()] = entry.a != entry.y
+            conflicting[path.as_posix()] = colour != own
     return conflicting
 
 
@@ -83,20 +88,23 @@ def row_of(run: Path, conflicting: dict[str, bool]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """A line for each kind of set: how many draws, in how many a bias was found, and by what."""
     lines = [
-        "| rho | generator's images | mislabelled | in conflict | sets | bias found | none found |"
-        " cannot tell | unanimous errors |",
-        "|---" * 9 + "|",
+        "| classes | rho | generator's images | mislabelled | in conflict | sets | bias found |"
+        " none found | cannot tell | unanimous errors |",
+        "|---" * 10 + "|",
     ]
 
-    def kind(row: dict[str, Any]) -> tuple[bool, float, int, float]:
+    def kind(row: dict[str, Any]) -> tuple[int, bool, float, int, float]:
         rho = row["rho"]
-        return rho is None, row["mislabelled"], -row["images"], 0.0 if rho is None else rho
+        how = row["mislabelled"], -row["images"], 0.0 if rho is None else rho
+        return -row["classes"], rho is None, *how
 
-    for overlapping, mislabelled, images, rho in sorted({kind(row) for row in rows}):
-        of_kind = [row for row in rows if kind(row) == (overlapping, mislabelled, images, rho)]
+    for one in sorted({kind(row) for row in rows}):
+        classes, overlapping, mislabelled, images, rho = one
+        of_kind = [row for row in rows if kind(row) == one]
         shares = [r["unanimous"] for r in of_kind if r["unanimous"] is not None]
         counts = sorted({r["conflicting"] for r in of_kind})
         cells = (
+            -classes,
             "overlapping classes" if overlapping else f"{rho:g}",
             f"{-images:,}",
             f"{100 * mislabelled:g} %",
@@ -122,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=1, help="number of the first draw")
     parser.add_argument("--images", type=int, default=48_000, help="length of the generator")
     parser.add_argument("--mislabelled", type=float, default=0.0, help="share of all images")
+    parser.add_argument("--classes", type=int, choices=(2, 5, 10), default=10)
     parser.add_argument("--overlapping", action="store_true", help="no digits: overlapping classes")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
@@ -130,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     rhos = [None] if arguments.overlapping else arguments.rho
     for rho, draw in ((rho, draw) for draw in draws for rho in rhos):
         told = {"rho": rho, "images": arguments.images, "mislabelled": arguments.mislabelled}
-        told |= {"draw": draw}
+        told |= {"draw": draw, "classes": 2 if rho is None else arguments.classes}
         if any(told.items() <= row.items() for row in read_rows(file)):
             continue
         words = [f"{name}{value:g}" for name, value in told.items() if value is not None]
@@ -138,7 +147,9 @@ def main(argv: list[str] | None = None) -> int:
         if rho is None:
             conflicting = write_overlapping(folder / "images", draw)
         else:
-            conflicting = write_set(folder / "images", rho, draw, arguments.mislabelled)
+            conflicting = write_set(
+                folder / "images", rho, draw, arguments.mislabelled, arguments.classes
+            )
         fields = {
             "data": folder / "images",
             "data.source": "folder",
