@@ -107,6 +107,26 @@ def test_the_seed_alone_decides(backend):
 
 
 @backends
+@pytest.mark.parametrize("seed", (2**40 + 7, -3))
+def test_all_bits_of_a_seed_and_every_pixel_of_an_image_count(backend, seed):
+    """Seeds that are drawn have 63 bits; the C++ kernels draw for 512 pixels at a time."""
+    x = torch.randn(1, 6, 27, 19)
+    mask = random_halves(torch.tensor(seed), x.shape) >= 32768
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = dropped(x.contiguous(memory_format=layout), 0.5, seed, backend)
+        assert torch.equal(y != 0, mask)
+
+
+# Triton's threshold and scale are the reference's; its interpreter would take half a minute.
+@pytest.mark.parametrize("backend", ("reference", "torch", NATIVE))
+def test_the_highest_probability_leaves_few_and_finite(backend):
+    x, seed = torch.randn(1, 8, 96, 96), -3
+    mask = random_halves(torch.tensor(seed), x.shape) == 65535
+    y = dropped(x, 1 - 1e-9, seed, backend)
+    assert mask.any() and torch.equal(y != 0, mask) and y.isfinite().all()
+
+
+@backends
 def test_a_draw_equal_to_the_probability_is_kept(backend):
     halves = random_halves(torch.tensor(7), torch.Size((2, 4, 8, 6)))
     threshold = halves[1, 2, 3, 4].item()

@@ -456,6 +456,56 @@ def test_constant_input_gives_the_bias(backend, layout):
     torch.testing.assert_close(y, bias[:, None, None].expand_as(y), atol=1e-4, rtol=0)
 
 
+@backends
+@layouts
+def test_eps_is_the_callers(backend, layout):
+    full = operands((2, 6, 3, 4), layout=layout)
+    x = full.pop("x")
+    expected, _ = naive(x, 3, **full, eps=0.5)
+    assert error(group_norm(x, 3, **full, eps=0.5, backend=backend), expected) <= 3e-6
+
+
+@backends
+@layouts
+def test_vectors_that_lie_apart(backend, layout):
+    """Rows of a wider projection, one row for all samples, and one number for all channels."""
+    x, wide = torch.randn(3, 6, 3, 4).contiguous(memory_format=layout), torch.randn(3, 40)
+    pre_bias, scale = wide[:, 5:11], torch.randn(6).expand(3, 6)
+    for shift, weight in (
+        (wide[:, 20:32:2], wide[0, 5:11]),
+        (wide[:, :1].expand(3, 6), wide[1, :12:2]),
+    ):
+        full = {"weight": weight, "pre_bias": pre_bias, "scale": scale, "shift": shift}
+        expected, _ = naive(x, 3, **full)
+        assert error(group_norm(x, 3, **full, backend=backend), expected) <= 3e-6
+
+
+@backends
+@layouts
+@pytest.mark.parametrize("activation", (None, "silu"))
+def test_a_sum_that_goes_on_beside_x_and_the_residual_alone(backend, layout, activation):
+    """Its gradient counts where no vector asks for one, and where y is not used."""
+    x, residual, *upstream = (
+        torch.randn(2, 6, 3, 4).contiguous(memory_format=layout) for _ in range(4)
+    )
+    for used in (slice(0, 2), slice(1, 2)):
+        gradients = []
+        for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+            leaves = [t.to(dtype).requires_grad_() for t in (x, residual)]
+            results = group_norm(
+                leaves[0],
+                3,
+                residual=leaves[1],
+                activation=activation,
+                return_sum=True,
+                backend=name,
+            )
+            given = [t.to(dtype) for t in upstream]
+            gradients.append(torch.autograd.grad(results[used], leaves, given[used]))
+        for actual, expected in zip(*gradients, strict=True):
+            assert error(actual, expected) <= 6e-6
+
+
 @pytest.mark.parametrize("backend", ("reference", "torch"))
 def test_shapes_without_data(backend):
     full = {name: t.to("meta") for name, t in operands((2, 8, 4, 4)).items()}

@@ -164,6 +164,19 @@ def test_each_instruction_set_converts_every_half(best, level, dtype):
 
 
 @built
+@pytest.mark.parametrize("level", range(3), ids=LEVELS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_a_nan_of_any_bits_stays_one(best, level, dtype):
+    """Rounded to 16 bits as a number, 0x7fffffff would become a zero."""
+    if level > best:
+        pytest.skip(f"this CPU has no {LEVELS[level]}")
+    set_level(level)
+    shift = torch.full((1, 16), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    y = group_norm(torch.randn(1, 16, 2, 2).to(dtype), 4, shift=shift, backend="native")
+    assert y.isnan().all()
+
+
+@built
 @layouts
 @pytest.mark.parametrize("groups", (1, 8))
 def test_an_image_of_which_no_slab_fits_in_a_cache(layout, groups):

@@ -84,6 +84,16 @@ def error(actual, truth):
 
 
 @levels
+def test_rows_whose_scores_are_all_far_below_zero(at_level, level):
+    """Beside the last key there is room in a vector, whose zeros must not become the largest."""
+    at_level(level)
+    q, k, v, upstream = draw((1, 2, 20, 21, 16))
+    tensors = [30 * q.abs(), -10 * k.abs(), v, upstream]
+    for name, actual, truth in native_and_true(tensors, 0.25):
+        assert actual.isfinite().all() and error(actual, truth) <= 1e-3, name
+
+
+@levels
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_fp64(at_level, level, dtype, shape):
