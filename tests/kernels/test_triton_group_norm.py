@@ -37,9 +37,10 @@ def fused_loop(cut, hw):
 
 
 def split(cut, hw):
-    """Chunks of two tiles of four pixels."""
+    """Chunks of one or three tiles of four pixels, of which two are taken at a time."""
+    chunk = 12 if hw > 12 else 4
     return dataclasses.replace(
-        cut, splits=-(-hw // 8), one_tile=False, block_p=4, chunk=8, unroll=2
+        cut, splits=-(-hw // chunk), one_tile=False, block_p=4, chunk=chunk, unroll=2
     )
 
 
@@ -185,14 +186,39 @@ def test_nothing_unwritten_is_read_or_returned(regime, layout):
 
 
 @layouts
-def test_nothing_outside_is_read_or_written(regime, layout, monkeypatch):
-    tensors = operands(*SHAPE, layout)
-    expected = run(tensors, 4, "triton", dropout_p=0.3)
+@pytest.mark.parametrize(("shape", "num_groups"), ((SHAPE, 4), ((1, 40, 3, 1), 5)), ids=str)
+def test_nothing_outside_is_read_or_written(regime, layout, shape, num_groups, monkeypatch):
+    """Of the second shape the last slab is not full: one group of two."""
+    tensors = operands(*shape, layout)
+    expected = run(tensors, num_groups, "triton", dropout_p=0.3)
     launched = []
     monkeypatch.setattr(module, "launch", fenced(launched))
-    actual = run(tensors, 4, "triton", dropout_p=0.3)
+    actual = run(tensors, num_groups, "triton", dropout_p=0.3)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert len(launched) >= 2, "a forward and a backward"
+
+
+@layouts
+def test_a_program_writes_its_own_channels_only(regime, layout, monkeypatch):
+    """In the interpreter a later program would make good what one writes into its neighbour's."""
+    # Three groups of 32 columns and of four rows of groups; or eight channels, and one group.
+    channels, groups = (8, 1) if regime == "split" else (21, 3)
+    x = torch.randn(1, 35, 3, 3).contiguous(memory_format=layout)
+
+    def first(kernel, grid, arguments, constants, **options):
+        launching.launch(kernel, (1, *grid[1:]), arguments, constants, **options)
+
+    monkeypatch.setattr(module, "launch", first)
+    with poisoned():
+        absent = [None] * 6
+        y, total, mean, rstd = module.forward(x, x, *absent, 5, 1e-5, True, 0.0, True)
+        zero = torch.zeros(1, 5)
+        needs = (False,) * 5
+        ds = module.backward(x, None, x, *absent, zero, zero + 1, 5, True, 0.0, needs).ds
+    for written in (y, total, ds):
+        assert written[:, channels:].isnan().all() and not written[:, :1].isnan().all()
+    for written in (mean, rstd):
+        assert written[:, groups:].isnan().all() and written[:, :groups].isfinite().all()
 
 
 @layouts
