@@ -230,6 +230,13 @@ def test_a_gradient_of_any_strides(cut):
         assert_exact(run(tensors, "triton"), plain(tensors))
 
 
+def test_keys_and_values_that_lie_differently(cut):
+    """dk and dv are written with the same strides."""
+    q, k, v, upstream = draw(2, 3, 9, 12, 8)
+    tensors = [q, k, v.transpose(1, 2).contiguous().transpose(1, 2), upstream]
+    assert_exact(run(tensors, "triton"), plain(tensors))
+
+
 def test_packed_gradients_fill_one_tensor(cut):
     qkv = torch.randn(2, 21, 3 * 2 * 24, requires_grad=True)
     upstream = torch.randn(2, 21, 2 * 24)
