@@ -206,7 +206,10 @@ def test_a_program_writes_its_own_channels_only(regime, layout, monkeypatch):
     x = torch.randn(1, 35, 3, 3).contiguous(memory_format=layout)
 
     def first(kernel, grid, arguments, constants, **options):
-        launching.launch(kernel, (1, *grid[1:]), arguments, constants, **options)
+        # Of what reads once, up to the program that adds up the first slab's sums.
+        once = kernel.__name__ == "forward_once"
+        programs = (arguments["splits"] - 1) * arguments["slabs"] + 1 if once else 1
+        launching.launch(kernel, (programs, *grid[1:]), arguments, constants, **options)
 
     monkeypatch.setattr(module, "launch", first)
     with poisoned():
@@ -215,7 +218,8 @@ def test_a_program_writes_its_own_channels_only(regime, layout, monkeypatch):
         zero = torch.zeros(1, 5)
         needs = (False,) * 5
         ds = module.backward(x, None, x, *absent, zero, zero + 1, 5, True, 0.0, needs).ds
-    for written in (y, total, ds):
+    # It normalises nothing yet; how it does so is what the others do.
+    for written in (ds,) if regime == "once" else (y, total, ds):
         assert written[:, channels:].isnan().all() and not written[:, :1].isnan().all()
     for written in (mean, rstd):
         assert written[:, groups:].isnan().all() and written[:, :groups].isfinite().all()
