@@ -74,13 +74,14 @@ def write_overlapping(root: Path, draw: int) -> dict[str, bool]:
 def row_of(run: Path, conflicting: dict[str, bool]) -> dict[str, Any]:
     """What the run's verdict says, and how well the images it rests on are the conflicting ones."""
     verdict = json.loads((run / "results.json").read_text("utf-8"))["verdict"]
-    _, unanimous, generator = verdict["checks"]
+    _, unanimous, generator, shared = verdict["checks"]
     return {
         "conflicting": sum(conflicting.values()),
         "training_images": len(conflicting),
         "found": verdict["found"],
         "unanimous": unanimous["value"],
         "excess_errors": generator["value"],
+        "shared": shared["value"],
         "at_odds": verdict["suspicious"]["count"],
     }
 

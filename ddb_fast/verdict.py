@@ -18,6 +18,9 @@ UNANIMOUS = 0.4
 """Without a bias up to a seventh of an amplifier's errors are unanimous (docs/verdict.md)."""
 FEWEST = 5
 """Unanimous errors that make a bias: a handful is as likely to be mislabelled."""
+SHARED = 0.5
+"""Share of the ERM's errors that both amplifiers make too, above which no set is called unbiased:
+without a bias it is up to .45 (docs/verdict.md), and networks that learnt a shortcut err alike."""
 POOR = 0.2
 """By how much more often an amplifier may err on real images than the ERM, before the generator
 says too little of them to call a set unbiased; half of what the ERM learnt, where that is less."""
@@ -57,9 +60,10 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdic
     is below what naming the largest class each time would give. A bias is found if, of the images
     that an amplifier gets wrong, the share for which both and the ERM name the same wrong class has
     a lower bound above .4, they are at least five, and those on which the amplifiers agree are a
-    minority. Else it takes a generator whose worse amplifier errs on at most a fifth of the images
-    more than the ERM, and is nearer to it than to naming the largest class each time, to say that
-    there is none: amplifiers that guess say nothing, however little the ERM learnt.
+    minority. To say that there is none takes a generator whose worse amplifier errs on at most a
+    fifth of the images more than the ERM, and is nearer to it than to naming the largest class each
+    time (amplifiers that guess say nothing, however little the ERM learnt), and an ERM most of
+    whose errors may be its own: the lower bound of the share that is unanimous is at most .5.
 
     ValueError for other shapes.
     """
@@ -100,18 +104,28 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdic
             limit=poor,
             passed=excess <= poor,
         ),
+        Check(
+            name="shared",
+            question="Are errors of the network trained on the real images its own: how many of "
+            "them do both that learnt from generated ones make too?",
+            value=unanimous / erm_errors if erm_errors else None,
+            limit=SHARED,
+            passed=unanimous < FEWEST or wilson_interval(unanimous, erm_errors)[0] <= SHARED,
+        ),
     )
-    learnt, unanimity, generator = checks
+    learnt, unanimity, generator, shared = checks
     found = None
-    if learnt.passed and (unanimity.passed or generator.passed):
-        found = unanimity.passed
+    if learnt.passed and unanimity.passed:
+        found = True
+    elif learnt.passed and generator.passed and shared.passed:
+        found = False
     return Verdict(found=found, at_odds=at_odds, checks=checks)
 
 
 def sentences(verdict: Verdict, count: int) -> list[str]:
     """The verdict on `count` training images, for a reader who is no expert."""
     odd = int(verdict.at_odds.sum())
-    learnt, unanimous, generator = verdict.checks
+    learnt, unanimous, generator, shared = verdict.checks
     share = 100 * (unanimous.value or 0.0)
     if not learnt.passed:
         return [
@@ -120,6 +134,15 @@ def sentences(verdict: Verdict, count: int) -> list[str]:
             "and who names the most frequent class each time errs on "
             f"{100 * learnt.limit:.0f} %.",
             "Train longer (--amplifier.images, --diffusion.images), or give it more images.",
+        ]
+    if verdict.found is None and generator.passed:
+        return [
+            "Nothing can be said about a bias: there may be one.",
+            "Of the images that a network trained on the real images gets wrong, "
+            f"{100 * shared.value:.0f} % are taken for the same other class by two networks that "
+            "learnt from generated images alone, as where all have learnt a shortcut; but of all "
+            f"that either gets wrong only {share:.0f} % are, as where a generator is poor.",
+            "Train it longer (--diffusion.images), and look at the images at odds.",
         ]
     if verdict.found is None:
         return [

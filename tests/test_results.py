@@ -161,10 +161,11 @@ def test_what_is_said_of_amplifiers_generator_and_bias(tmp_path):
     assert (real["pseudo_precision"], real["aligned_accuracy"]) == (pytest.approx(1 / 3), 1)
     assert results["synthetic"] == {"count": 5, "aligned_share": 3 / 5, "aligned_by": "colour"}
     # Both amplifiers call the second and the last another class, the ERM the last; five are wrong
-    # for either. The worse amplifier errs on three more of the seven than the ERM.
+    # for either. The worse amplifier errs on three more of the seven than the ERM, which makes the
+    # one error that both make.
     assert results["verdict"]["suspicious"]["count"] == 2
     values = [check["value"] for check in results["verdict"]["checks"]]
-    assert values == pytest.approx([1 / 7, 1 / 5, 3 / 7])
+    assert values == pytest.approx([1 / 7, 1 / 5, 3 / 7, 1])
     assert results["memorisation"] == {"excess": False}
     assert results["seconds"] == {"s": 1.5} and results["methods"] == {}
     blind = collect_results(tmp_path, config, replace(data, biases=None), scores, {})

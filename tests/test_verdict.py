@@ -33,7 +33,8 @@ def everyone(positions, label):
 
 def test_errors_that_all_networks_share_are_a_bias():
     verdict = judge(Y, **votes(**everyone(range(8), 3)))
-    learnt, unanimous, generator = verdict.checks
+    learnt, unanimous, generator, shared = verdict.checks
+    assert (shared.value, shared.limit, shared.passed) == (1.0, 0.5, False)
     assert verdict.found and learnt.passed and (learnt.value, learnt.limit) == (0.08, 0.2)
     assert unanimous.passed and unanimous.value == 1.0
     assert generator.value == 0.0 and generator.passed
@@ -83,6 +84,23 @@ def test_a_poor_generator_says_nothing_unless_a_bias_shows_all_the_same():
     assert judge(y, **said).found is False, "a fifth is the limit where the ERM learnt more"
     said["amplifier"][20] = 1
     assert judge(y, **said).found is None
+
+
+def test_a_bias_behind_other_errors_is_not_called_none():
+    """The ERM errs on 12 images, the amplifiers on most of these and on as many again."""
+    y = torch.arange(100) // 60 * 5
+    said = {name: y.clone() for name in NETWORKS}
+    said["erm"][:12] = said["amplifier"][:26] = said["again"][:26] = 1
+    verdict = judge(y, **said)
+    assert [c.passed for c in verdict.checks] == [True, False, True, False]
+    assert verdict.checks[1].value == pytest.approx(12 / 26), "Wilson's lower bound is .29"
+    assert verdict.found is None and verdict.checks[3].value == 1.0
+    first, why, _ = as_data(verdict, y, ("cat",) * 6)["sentences"]
+    assert "there may be one" in first and "100 % are" in why and "only 46 % are" in why
+    said["amplifier"][:2] = 0
+    assert judge(y, **said).found is None, "10 of 12: Wilson's lower bound is .55"
+    said["amplifier"][2] = 0
+    assert judge(y, **said).found is False, "9 of 12: .47"
 
 
 def test_networks_that_learnt_nothing_say_nothing():
