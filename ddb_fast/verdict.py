@@ -137,7 +137,7 @@ def sentences(verdict: Verdict, count: int) -> list[str]:
         ]
     if verdict.found is None and generator.passed:
         return [
-            "Nothing can be said about a bias: there may be one.",
+            "There may be a bias; the generator is not good enough to tell.",
             "Of the images that a network trained on the real images gets wrong, "
             f"{100 * shared.value:.0f} % are taken for the same other class by two networks that "
             "learnt from generated images alone, as where all have learnt a shortcut; but of all "

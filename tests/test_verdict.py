@@ -96,7 +96,7 @@ def test_a_bias_behind_other_errors_is_not_called_none():
     assert verdict.checks[1].value == pytest.approx(12 / 26), "Wilson's lower bound is .29"
     assert verdict.found is None and verdict.checks[3].value == 1.0
     first, why, _ = as_data(verdict, y, ("cat",) * 6)["sentences"]
-    assert "there may be one" in first and "100 % are" in why and "only 46 % are" in why
+    assert "There may be a bias" in first and "100 % are" in why and "only 46 % are" in why
     said["amplifier"][:2] = 0
     assert judge(y, **said).found is None, "10 of 12: Wilson's lower bound is .55"
     said["amplifier"][2] = 0
