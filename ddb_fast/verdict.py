@@ -20,7 +20,7 @@ FEWEST = 5
 """Unanimous errors that make a bias: a handful is as likely to be mislabelled."""
 SHARED = 0.5
 """Share of the ERM's errors that both amplifiers make too, above which no set is called unbiased:
-up to .41 on unbiased digits (docs/verdict.md), while networks that learnt a shortcut err alike."""
+up to .42 on unbiased digits (docs/verdict.md), while networks that learnt a shortcut err alike."""
 POOR = 0.2
 """By how much more often an amplifier may err on real images than the ERM, before the generator
 says too little of them to call a set unbiased; half of what the ERM learnt, where that is less."""
