@@ -104,18 +104,16 @@ class _Order:
 
 
 def ordered(launched):
-    """A `launch` that fails where two programs touch the same memory, at least one of them to write
-    it, in an order that no counter makes: the interpreter, which runs one after another, hides that.
+    """A `launch` that fails where a program writes what another touches and no counter orders them.
 
-    The kernels' names are appended to the list `launched`.
+    The interpreter hides that: it runs one after another. The kernels' names are appended to the
+    list `launched`.
     """
 
     def launch(kernel, grid, arguments, constants, **options):
         order, usual = _Order(), InterpreterBuilder
-        load, store, add = (
-            getattr(usual, f"create_{name}")
-            for name in ("masked_load", "masked_store", "atomic_rmw")
-        )
+        load, store = usual.create_masked_load, usual.create_masked_store
+        add = usual.create_atomic_rmw
 
         def masked_load(self, pointers, mask, *rest):
             order.touch(self.grid_idx, pointers.data[mask.data].tolist(), False)
@@ -126,8 +124,8 @@ def ordered(launched):
             return store(self, pointers, value, mask, *rest)
 
         def atomic_rmw(self, operation, pointer, value, mask, how, scope):
-            polls, before = not value.data.any(), pointer.data.item()
-            before = order.count(self.grid_idx, before, polls, how.name)
+            polls, address = not value.data.any(), pointer.data.item()
+            before = order.count(self.grid_idx, address, polls, how.name)
             result = add(self, operation, pointer, value, mask, how, scope)
             result.data[...] = before
             return result

@@ -99,6 +99,8 @@ def assert_exact(actual, truth, floor=1e-30):
         (2, 1, 33, 33, 40),
         (1, 2, 20, 7, 24),
         (1, 2, 7, 20, 8),
+        (1, 1, 16, 20, 8),
+        (1, 1, 20, 16, 8),
         (1, 1, 1, 40, 16),
         (1, 2, 40, 1, 16),
     ),
@@ -196,7 +198,7 @@ def test_nothing_unwritten_is_read_or_returned(cut):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("lengths", ((40, 24), (5, 7)))
+@pytest.mark.parametrize("lengths", ((40, 24), (5, 7), (16, 16)))
 def test_nothing_outside_is_read_or_written(cut, lengths, monkeypatch):
     """Heads lie inside of tokens, D is no power of two: what a mask lets through in the middle of a
     tensor is another head's, and shows in the result."""
@@ -331,6 +333,25 @@ def test_blocks_hold_what_their_kernel_assumes(queries, keys, head_dim, dtype):
         assert backward[0].block_m // backward[0].heads >= queries
         assert head_dim <= 16 or backward[0].chunk >= 16
     assert not backward[1].heads or backward[0].heads
+
+
+@pytest.mark.parametrize("heads", (0, 1))
+@pytest.mark.parametrize("odd", ("q", "k", "v", "o", "do", "dq", "dk"))
+def test_strides_come_in_units_that_divide_every_one(heads, odd):
+    """Also where one tensor alone lies apart."""
+    names = ("q", "k", "v", "o", "do", "dq", "dk")
+    strides = {name: (240, 8, 24, 1) if name != odd else (246, 8, 24, 1) for name in names}
+    blocks = module.Blocks(16, 16, 4, heads=heads, chunk=16)
+    case = (torch.float32, torch.Size((2, 3, 10, 8)), 10, 0.3)
+    plans = module._backward_plans(blocks, blocks, *case, *strides.values())
+    if odd in names[:4]:
+        first_four = list(strides.values())[:4]
+        plans = (*plans, module._forward_plan(blocks, *case, *first_four))
+    for plan in plans:
+        for name, elements in strides.items():
+            for axis, stride in zip("bhs", elements, strict=False):
+                units = plan.numbers.get(f"{name}_{axis}")
+                assert units is None or units * plan.constants["VEC"] == stride
 
 
 def test_tuned_blocks_change_the_speed_only(monkeypatch):
