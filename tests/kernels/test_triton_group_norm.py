@@ -230,9 +230,29 @@ def test_no_program_touches_what_another_writes(regime, layout, monkeypatch):
     """But behind a counter, where one waits for others."""
     launched = []
     monkeypatch.setattr(module, "launch", ordered(launched))
-    # Slabs of four groups and of one, or of eight channels.
-    run(operands(2, 20, 3, 2, layout), 5, "triton")
+    # Slabs of two groups, 18 of 32 columns, and of one; or of eight channels.
+    run(operands(2, 27, 3, 2, layout), 3, "triton")
     assert len(launched) >= 2, "a forward and a backward"
+
+
+@pytest.mark.parametrize("lag", (1, 2, 5))
+def test_a_sample_waits_for_as_many_others_as_the_plan_says(lag, monkeypatch):
+    """Before it is normalised, and for nothing where there are no more."""
+    x, usual = torch.randn(3, 8, 4, 2), module.plan
+
+    def plan(*arguments, **options):
+        return dataclasses.replace(once(usual(*arguments, **options), 8), lag=lag)
+
+    def sums_alone(kernel, grid, *rest, **options):
+        launching.launch(kernel, (grid[0] * lag // (3 + lag),), *rest, **options)
+
+    monkeypatch.setattr(module, "plan", plan)
+    expected = group_norm(x, 2, backend="reference")
+    torch.testing.assert_close(group_norm(x, 2, backend="triton"), expected)
+    monkeypatch.setattr(module, "launch", sums_alone)
+    with poisoned():
+        y, _, mean, _ = module.forward(x, *[None] * 7, 2, 1e-5, False, 0.0, False)
+    assert y.isnan().all() and mean[:lag].isfinite().all() and mean[lag:].isnan().all()
 
 
 @layouts
@@ -301,6 +321,7 @@ def test_refusals():
     wide = torch.empty(1, 8193, 1, 1)
     with pytest.raises(ValueError, match="8193"):
         group_norm(wide, 1, backend="triton")
+    assert module.why_not(wide, 3) == [], "it is the groups that must not be so wide"
     huge = torch.empty(1, device="meta").expand(1, 2**15, 2**8, 2**8)
     assert "2147483648" in module.why_not(huge, 32)[0]
 
@@ -376,7 +397,10 @@ def test_a_plan_covers_everything_once(
         # s, dy and d_sum, each two steps ahead; an RTX card has 99 KiB.
         fetched = 2 * 3 * cut.unroll * cut.block_p * cut.block_c * dtype.itemsize
         assert fetched <= 96 * 1024
-    assert not cut.lag or ("once" in asked and not backward and cut.splits > 1)
+    if cut.lag:
+        assert "once" in asked and not backward and cut.splits > 1 and cut.lag <= n
+        blocks = module._in_turn(x, cut)[2]
+        assert blocks["BLOCK_S"] * blocks["BLOCK_G"] <= 512 * cut.num_warps
     if cut.splits:
         assert cut.splits * cut.chunk >= hw > (cut.splits - 1) * cut.chunk
         assert cut.chunk % cut.block_p == 0
@@ -384,13 +408,22 @@ def test_a_plan_covers_everything_once(
         assert cut.slabs * cut.block_c >= c > (cut.slabs - 1) * cut.block_c
         return
     slab = cut.slab_groups * group
-    assert slab <= cut.block_c
+    assert slab <= min(512, cut.block_c)
     assert cut.slabs * cut.slab_groups >= num_groups > (cut.slabs - 1) * cut.slab_groups
     if cut.slabs > 1 and not (cut.one_tile and "registers" in asked):
         vector = math.gcd(c, 16 // dtype.itemsize)
         assert slab % vector == 0, "slabs start on whole vectors"
         assert not dropout or slab % 8 == 0, "dropout draws for blocks of eight channels"
     assert not cut.one_tile or cut.lag or cut.block_p >= hw
+
+
+def test_what_is_read_once():
+    """All channels, be they whole vectors or not; no more than a grid has programs for."""
+    odd = torch.empty(1, 21, 64, 64, device="meta")
+    many = torch.empty(1, device="meta").expand(2**29, 8, 64, 64)
+    with tune.trying({"once": 8}, "group_norm"):
+        assert module.plan(odd, 1, backward=False, dropout=False).lag == 1
+        assert module.plan(many, 2, backward=False, dropout=False).lag == 0
 
 
 @layouts
