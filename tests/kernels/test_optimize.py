@@ -58,17 +58,25 @@ def test_other_shapes(shape):
     torch.testing.assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize("wrapped", (False, True))
-def test_a_forward_replaced_on_the_class_stays(monkeypatch, wrapped):
-    """As tools that scale, log or quantise do, with and without functools.wraps."""
+class Bound:
+    """A method that has no code of its own."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __get__(self, instance, owner):
+        return self if instance is None else functools.partial(self.function, instance)
+
+
+@pytest.mark.parametrize("made", (lambda f: f, functools.wraps(nn.GroupNorm.forward), Bound))
+def test_a_forward_replaced_on_the_class_stays(monkeypatch, made):
+    """As tools that scale, log or quantise do."""
     original = nn.GroupNorm.forward
 
     def tripled(self, x):
         return 3 * original(self, x)
 
-    monkeypatch.setattr(
-        nn.GroupNorm, "forward", functools.wraps(original)(tripled) if wrapped else tripled
-    )
+    monkeypatch.setattr(nn.GroupNorm, "forward", made(tripled))
     model = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())
     x = torch.randn(2, 8, 4, 4)
     expected = model(x)
@@ -102,6 +110,10 @@ def test_what_we_do_not_know_is_left_and_named():
         def __call__(self, input):
             return 2 * super().__call__(input)
 
+    class Louder(nn.SiLU):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
     class Above(GroupNorm32, Noisy):
         """Its super() is not torch's."""
 
@@ -119,13 +131,15 @@ def test_what_we_do_not_know_is_left_and_named():
             "above": Above(2, 8),
             "doubled": Doubled(2, 8),
             "called": nn.Sequential(Doubled(2, 8), nn.SiLU(), nn.GroupNorm(2, 8), nn.SiLU()),
+            "louder": nn.Sequential(nn.GroupNorm(2, 8), Louder()),
             "replaced": replaced,
             "normal": nn.utils.parametrizations.weight_norm(nn.GroupNorm(2, 8)),
         }
     )
     original = copy.deepcopy(model)
     report = optimize(model)
-    assert {entry.name for entry in report.swapped} == {"wrapped", "reverse.0", "called.2"}
+    swapped = {entry.name for entry in report.swapped}
+    assert swapped == {"wrapped", "reverse.0", "called.2", "louder.0"}
     assert {entry.name: entry.what for entry in report.left} == {
         "noisy": "Noisy overrides forward",
         "reverse": "Reverse overrides forward",
@@ -135,6 +149,7 @@ def test_what_we_do_not_know_is_left_and_named():
         "doubled": "its class has a __call__ of its own",
         "called": "0: its class has a __call__ of its own",
         "called.0": "its class has a __call__ of its own",
+        "louder": "1 is Louder",
         "replaced": "its forward was replaced on the instance",
         "normal": "its weights are parametrised",
     }
@@ -143,7 +158,7 @@ def test_what_we_do_not_know_is_left_and_named():
         torch.testing.assert_close(model[name](x), original[name](x))
 
 
-@pytest.mark.parametrize("kind", ("forward", "forward_pre", "full_backward"))
+@pytest.mark.parametrize("kind", ("forward", "forward_pre", "full_backward", "full_backward_pre"))
 def test_hooks_fire_and_see_what_they_saw(kind):
     def watch(model):
         seen = []
@@ -213,6 +228,7 @@ def test_hooks_that_come_later_fire_too():
     for model, name, times in (
         (resnet.ResnetBlock2D(in_channels=8, temb_channels=6, groups=2), "nonlinearity", 3),
         (ResBlock(8, 8, shifted=True), "out_layers.1", 1),
+        (ResBlock(8, 8, shifted=False), "out_layers", 1),
         (nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()), "1", 1),
     ):
         optimize(model)
@@ -229,6 +245,11 @@ def test_a_layer_that_is_exchanged_later_counts():
     for net in (model, original):
         net[1], net[5] = nn.GroupNorm(1, 8), nn.Tanh()
     assert_same(model, original, input=torch.randn(2, 3, 5, 7))
+    model, original = pair(ResBlock(8, 8, shifted=True))
+    optimize(model)
+    for net in (model, original):
+        net.out_layers[2] = nn.Tanh()
+    assert_same(model, original, **guided_inputs())
 
 
 @pytest.mark.parametrize("build", (unet_2d, conditional, Guided, plain))

@@ -248,6 +248,22 @@ def test_one_image_meets_many_embeddings(kind):
         assert_same(Positional(model), Positional(original), **given)
 
 
+def test_an_embedding_that_the_block_ignores():
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    sizes = {"in_channels": 8, "temb_channels": None, "groups": 2}
+    model, original = pair(resnet.ResnetBlock2D(**sizes, time_embedding_norm="none"))
+    assert count(optimize(model), "group norm + SiLU") == 2
+    x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 1, 1)
+    torch.testing.assert_close(model(x, emb), original(x, emb))
+
+
+def test_attention_whose_output_is_divided():
+    attention = pytest.importorskip("diffusers.models.attention_processor").Attention
+    model, original = pair(attention(16, heads=2, dim_head=8, rescale_output_factor=2.0))
+    assert not optimize(model).left
+    assert_same(model, original, hidden_states=torch.randn(2, 5, 16))
+
+
 def test_attention_that_has_more_to_it_stays():
     attention = pytest.importorskip("diffusers.models.attention_processor").Attention
     keeps = {
@@ -261,6 +277,9 @@ def test_attention_that_has_more_to_it_stays():
         report = optimize(attention(16, **arguments))
         assert [entry.what for entry in report.left] == [why]
         assert not report.swapped
+    (entry,) = optimize(attention(32, spatial_norm_dim=8)).left
+    assert entry.what == "it has spatial_norm"
+    assert not optimize(attention(16, heads=1, dim_head=256)).left
 
 
 def test_the_time_embedding_and_a_shared_activation_are_not_touched():

@@ -53,6 +53,24 @@ def test_guided_diffusion_computes_in_halves():
     assert error(y.float(), truth) <= 1.25 * error(expected.float(), truth)
 
 
+def test_an_embedding_is_brought_to_the_images_dtype():
+    model, original = pair(ResBlock(8, 8, shifted=True))
+    optimize(model)
+    x, emb = guided_inputs().values()
+    for net in (model, original):
+        net.emb_layers.bfloat16()
+    torch.testing.assert_close(model(x, emb.bfloat16()), original(x, emb.bfloat16()))
+
+
+def test_a_block_of_more_layers_stays():
+    model, original = pair(ResBlock(8, 8, shifted=True))
+    for net in (model, original):
+        net.in_layers.append(nn.Identity())
+    reasons = [entry.what for entry in optimize(model).left]
+    assert reasons == ["its layers are not norm, SiLU, conv and norm, SiLU, dropout, conv"]
+    assert_same(model, original, **guided_inputs())
+
+
 class Unusual(ResBlock):
     """Reads and calls the same, but scales by `scale`, not by 1 + scale."""
 
@@ -121,8 +139,9 @@ def test_a_block_that_could_resample_but_does_not_stays(tmp_path, monkeypatch):
     ]
 
 
-def test_wide_heads_of_guided_diffusion_stay_with_their_owner():
-    model, original = pair(QKVAttention(1))
+@pytest.mark.parametrize("attention", (QKVAttention(1), OneHeadAttention()))
+def test_wide_heads_of_guided_diffusion_stay_with_their_owner(attention):
+    model, original = pair(attention)
     optimize(model)
     x = torch.randn(2, 3 * 264, 4)
     assert torch.equal(model(x), original(x))
