@@ -399,8 +399,6 @@ def test_a_plan_covers_everything_once(
         assert fetched <= 96 * 1024
     if cut.lag:
         assert "once" in asked and not backward and cut.splits > 1 and cut.lag <= n
-        blocks = module._in_turn(x, cut)[2]
-        assert blocks["BLOCK_S"] * blocks["BLOCK_G"] <= 512 * cut.num_warps
     if cut.splits:
         assert cut.splits * cut.chunk >= hw > (cut.splits - 1) * cut.chunk
         assert cut.chunk % cut.block_p == 0
@@ -418,12 +416,17 @@ def test_a_plan_covers_everything_once(
 
 
 def test_what_is_read_once():
-    """All channels, be they whole vectors or not; no more than a grid has programs for."""
+    """All channels, be they whole blocks of eight or not; no more than a grid has programs for."""
     odd = torch.empty(1, 21, 64, 64, device="meta")
     many = torch.empty(1, device="meta").expand(2**29, 8, 64, 64)
+    wide = torch.empty(1, 256, 256, 128, device="meta").permute(0, 3, 1, 2)
     with tune.trying({"once": 8}, "group_norm"):
-        assert module.plan(odd, 1, backward=False, dropout=False).lag == 1
+        assert module.plan(odd, 1, backward=False, dropout=True).lag == 1
         assert module.plan(many, 2, backward=False, dropout=False).lag == 0
+        cut = module.plan(wide, 128, backward=False, dropout=False)
+    assert cut.splits == 1024
+    blocks = module._in_turn(wide, cut)[2]
+    assert blocks["BLOCK_S"] * blocks["BLOCK_G"] == 512 * cut.num_warps
 
 
 @layouts
