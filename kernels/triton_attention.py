@@ -15,8 +15,8 @@ from . import tuned
 from .fused_attention import Fused, attention_with, empty_like_tokens
 from .launch import launch, power_of_two
 
-# Stands in for a scale of 0, so that a masked score times it is still -inf.
-_TINY = 2.0**-100
+# Stands in for a scale that fp32 takes for 0, so that a masked score times it is still -inf.
+_TINY = 2.0**-126
 # Tokens of the longest block, whose offsets are 32 bits wide.
 _LONGEST_BLOCK = 256
 
@@ -188,7 +188,7 @@ def _constants(blocks: Blocks, dtype: torch.dtype, d: int, vec: int) -> dict[str
 
 def _scales(scale: float) -> dict[str, float]:
     log2 = scale * math.log2(math.e)
-    return {"scale": scale, "scale_log2": log2 if log2 != 0 else _TINY}
+    return {"scale": scale, "scale_log2": log2 if abs(log2) >= _TINY else _TINY}
 
 
 @functools.lru_cache(maxsize=4096)

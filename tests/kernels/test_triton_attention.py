@@ -111,8 +111,9 @@ def test_every_way_against_fp64(cut, b, h, queries, keys, d):
     assert_exact(run(tensors, "triton"), plain(tensors), floor=1.0 if keys == 1 else 1e-30)
 
 
-@pytest.mark.parametrize("scale", (-0.3, 0.0, 2.5))
+@pytest.mark.parametrize("scale", (-0.3, 0.0, 1e-46, 2.5))
 def test_any_scale(cut, scale):
+    """One of 1e-46 is 0 in fp32."""
     tensors = draw(2, 3, 9, 21, 16)
     assert_exact(run(tensors, "triton", scale=scale), plain(tensors, scale), floor=1e-3)
 
