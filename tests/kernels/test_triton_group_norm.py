@@ -1,9 +1,8 @@
-"""What only Triton's group norm has: regimes and their blocks, poisoned and fenced memory, the op.
+"""What only Triton's group norm has: regimes and their blocks, plans, the op.
 
 Every regime runs in the interpreter with blocks so small that it takes all its loops.
 """
 
-import dataclasses
 import math
 
 import pytest
@@ -17,111 +16,15 @@ from hypothesis import strategies as st
 from ddb_fast.kernels import group_norm, reference, triton_backend, triton_math
 from ddb_fast.kernels import launch as launching
 from ddb_fast.kernels import triton_group_norm as module
-from memory import fenced, ordered, poisoned
+from regimes import LAYOUTS, SHAPE, errors, layouts, operands, run
 
 if module_reasons := triton_backend.why_not("group_norm"):
     pytest.skip("; ".join(module_reasons), allow_module_level=True)
-
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
-layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def fused_loop(cut, hw):
-    """Tiles of four pixels, two at a time, so that even a small image takes several and a tail."""
-    return dataclasses.replace(cut, splits=0, one_tile=False, block_p=4, chunk=hw, unroll=2)
-
-
-def split(cut, hw):
-    """Chunks of one or three tiles of four pixels, of which two are taken at a time."""
-    chunk = 12 if hw > 12 else 4
-    return dataclasses.replace(
-        cut, splits=-(-hw // chunk), one_tile=False, block_p=4, chunk=chunk, unroll=2
-    )
-
-
-def once(cut, hw):
-    """Tiles of four pixels; a sample is normalised after the sums of the next one."""
-    return dataclasses.replace(cut, splits=-(-hw // 4), chunk=4, block_p=4, lag=1)
-
-
-@pytest.fixture(params=("one_tile", "fused_loop", "split", "once"))
-def regime(request, monkeypatch):
-    """Force a regime on every call."""
-    usual = module.plan
-
-    def plan(x, num_groups, **options):
-        hw, c = x.shape[2] * x.shape[3], x.shape[1]
-        cut = usual(x, num_groups, **options)
-        assert not cut.splits and cut.one_tile, "small enough to be cut in any way"
-        if request.param == "one_tile":
-            return cut
-        if request.param == "fused_loop":
-            return fused_loop(cut, hw)
-        if request.param == "once":
-            return cut if options["backward"] else once(cut, hw)
-        blocks = dataclasses.replace(cut, slab_groups=0, slabs=-(-c // 8), block_c=8)
-        return split(blocks, hw)
-
-    monkeypatch.setattr(module, "plan", plan)
-    turns = module._in_turn
-
-    def in_turn(x, cut):
-        grid, arguments, constants = turns(x, cut)
-        # The sums of two tiles at a time.
-        return grid, arguments, {**constants, "BLOCK_S": 2}
-
-    monkeypatch.setattr(module, "_in_turn", in_turn)
-    return request.param
-
-
-def operands(n, c, h, w, layout, dtype=torch.float32):
-    x, residual = (torch.randn(n, c, h, w).to(dtype).contiguous(memory_format=layout) for _ in "xr")
-    vectors = {"weight": (c,), "bias": (c,), "pre_bias": (n, c), "scale": (n, c), "shift": (n, c)}
-    return {
-        "x": x,
-        **{name: torch.randn(size).to(dtype) for name, size in vectors.items()},
-        "residual": residual,
-    }
-
-
-def run(tensors, num_groups, backend, *, dropout_p=0.0, dtype=None, return_sum=True):
-    """y, the sum and every gradient, for a loss that weighs each element differently."""
-    tensors = {
-        name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in tensors.items()
-    }
-    options = {name: t for name, t in tensors.items() if name != "x"}
-    results = group_norm(
-        tensors["x"],
-        num_groups,
-        **options,
-        activation="silu",
-        dropout_p=dropout_p,
-        seed=torch.tensor(9),
-        return_sum=return_sum,
-        backend=backend,
-    )
-    results = results if return_sum else (results,)
-    weights = torch.linspace(-2, 3, tensors["x"].numel(), dtype=torch.float64).view(
-        results[0].shape
-    )
-    loss = sum((r.double() * weights.roll(i, 0)).sum() for i, r in enumerate(results))
-    return (*results, *torch.autograd.grad(loss, list(tensors.values())))
-
-
-def errors(actual, truth):
-    return [
-        ((a.double() - t).square().mean().sqrt() / t.square().mean().sqrt()).item()
-        for a, t in zip(actual, truth, strict=True)
-    ]
-
-
-# Two chunks of pixels and four tiles, the last of each not full; every program takes milliseconds.
-SHAPE = (2, 12, 5, 3)
 
 
 @layouts
@@ -167,92 +70,6 @@ def test_a_first_pixel_far_from_all_others(regime, layout):
     others = truth.flatten(2)[:, :, 1:]
     assert errors([y], [truth])[0] <= 2e-6
     assert errors([y.flatten(2)[:, :, 1:]], [others])[0] <= 2e-5
-
-
-@layouts
-def test_two_runs_are_bitwise_equal(regime, layout):
-    tensors = operands(*SHAPE, layout)
-    first, second = (run(tensors, 4, "triton", dropout_p=0.3) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@layouts
-def test_nothing_unwritten_is_read_or_returned(regime, layout):
-    tensors = operands(*SHAPE, layout)
-    expected = run(tensors, 4, "triton")
-    with poisoned():
-        actual = run(tensors, 4, "triton")
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-
-@layouts
-@pytest.mark.parametrize(("shape", "num_groups"), ((SHAPE, 4), ((1, 40, 3, 1), 5)), ids=str)
-def test_nothing_outside_is_read_or_written(regime, layout, shape, num_groups, monkeypatch):
-    """Of the second shape the last slab is not full: one group of two."""
-    tensors = operands(*shape, layout)
-    expected = run(tensors, num_groups, "triton", dropout_p=0.3)
-    launched = []
-    monkeypatch.setattr(module, "launch", fenced(launched))
-    actual = run(tensors, num_groups, "triton", dropout_p=0.3)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    assert len(launched) >= 2, "a forward and a backward"
-
-
-@layouts
-def test_a_program_writes_its_own_channels_only(regime, layout, monkeypatch):
-    """In the interpreter a later program would make good what one writes into its neighbour's."""
-    # Three groups of 32 columns and of four rows of groups; or eight channels, and one group.
-    channels, groups = (8, 1) if regime == "split" else (21, 3)
-    x = torch.randn(1, 35, 3, 3).contiguous(memory_format=layout)
-
-    def first(kernel, grid, arguments, constants, **options):
-        # Of what reads once, up to the program that adds up the first slab's sums.
-        once = kernel.__name__ == "forward_once"
-        programs = (arguments["splits"] - 1) * arguments["slabs"] + 1 if once else 1
-        launching.launch(kernel, (programs, *grid[1:]), arguments, constants, **options)
-
-    monkeypatch.setattr(module, "launch", first)
-    with poisoned():
-        absent = [None] * 6
-        y, total, mean, rstd = module.forward(x, x, *absent, 5, 1e-5, True, 0.0, True)
-        zero = torch.zeros(1, 5)
-        needs = (False,) * 5
-        ds = module.backward(x, None, x, *absent, zero, zero + 1, 5, True, 0.0, needs).ds
-    # It normalises nothing yet; how it does so is what the others do.
-    for written in (ds,) if regime == "once" else (y, total, ds):
-        assert written[:, channels:].isnan().all() and not written[:, :1].isnan().all()
-    for written in (mean, rstd):
-        assert written[:, groups:].isnan().all() and written[:, :groups].isfinite().all()
-
-
-@layouts
-def test_no_program_touches_what_another_writes(regime, layout, monkeypatch):
-    """But behind a counter, where one waits for others."""
-    launched = []
-    monkeypatch.setattr(module, "launch", ordered(launched))
-    # Slabs of two groups, 18 of 32 columns, and of one; or of eight channels.
-    run(operands(2, 27, 3, 2, layout), 3, "triton")
-    assert len(launched) >= 2, "a forward and a backward"
-
-
-@pytest.mark.parametrize("lag", (1, 2, 5))
-def test_a_sample_waits_for_as_many_others_as_the_plan_says(lag, monkeypatch):
-    """Before it is normalised, and for nothing where there are no more."""
-    x, usual = torch.randn(3, 8, 4, 2), module.plan
-
-    def plan(*arguments, **options):
-        return dataclasses.replace(once(usual(*arguments, **options), 8), lag=lag)
-
-    def sums_alone(kernel, grid, *rest, **options):
-        launching.launch(kernel, (grid[0] * lag // (3 + lag),), *rest, **options)
-
-    monkeypatch.setattr(module, "plan", plan)
-    expected = group_norm(x, 2, backend="reference")
-    torch.testing.assert_close(group_norm(x, 2, backend="triton"), expected)
-    monkeypatch.setattr(module, "launch", sums_alone)
-    with poisoned():
-        y, _, mean, _ = module.forward(x, *[None] * 7, 2, 1e-5, False, 0.0, False)
-    assert y.isnan().all() and mean[:lag].isfinite().all() and mean[lag:].isnan().all()
 
 
 @layouts

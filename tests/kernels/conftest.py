@@ -1,0 +1,3 @@
+"""Fixtures of the kernels' tests."""
+
+from regimes import regime  # noqa: F401 - a fixture
