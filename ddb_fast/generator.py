@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ddb_fast import checkpoint
 from ddb_fast.config import DiffusionConfig
 from ddb_fast.context import Context
+from ddb_fast.data.files import few
 from ddb_fast.data.pixels import normalise
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.sources import list_folder
@@ -225,9 +226,7 @@ def _numbers(source: Path, classes: tuple[str, ...], wanted: tuple[str, ...]) ->
 
 def _named(classes: tuple[str, ...]) -> str:
     """The first few names, shortened."""
-    shown = [repr(n if len(n) <= 20 else f"{n[:19]}…") for n in classes[:_NAMED]]
-    more = f" and {len(classes) - _NAMED} more" if len(classes) > _NAMED else ""
-    return ", ".join(shown) + more
+    return few([repr(n if len(n) <= 20 else f"{n[:19]}…") for n in classes], _NAMED)
 
 
 def import_synthetic(context: Context, folder: Path) -> None:

@@ -12,10 +12,10 @@ NAMED = 5
 """Files or classes that a message names; a run that skips no broken files stops reading there."""
 
 
-def few(names: Sequence[str]) -> str:
-    """The first NAMED of them, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+def few(names: Sequence[str], most: int = NAMED) -> str:
+    """The first `most` of them, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def subfolders(folder: Path) -> list[Path]:

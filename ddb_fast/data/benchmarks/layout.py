@@ -4,7 +4,7 @@ import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from ddb_fast.data.files import image_files, subfolders
+from ddb_fast.data.files import few, image_files, subfolders
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,7 @@ def compare_counts(name: str, found: Mapping[str, int], published: Mapping[str, 
     counts = [(part, found.get(part, 0), published.get(part, 0)) for part in parts]
     wrong = [f"{part} {here}, not {there}" for part, here, there in counts if here != there]
     if wrong:
-        more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
         logger.warning(
             "%s: other counts than published, so figures do not compare with published ones: %s",
-            name, ", ".join(wrong[:_NAMED]) + more,
+            name, few(wrong, _NAMED),
         )  # fmt: skip
