@@ -74,6 +74,12 @@ def _plan(
     # Dropout draws for whole blocks of eight channels.
     multiple = 8 if dropout else math.gcd(c, 16 // size)
     narrowest = 8 if channels_last or dropout else 4
+    if "once" in asked and not backward:
+        cut = _once_plan(
+            n, c, hw, size, num_groups, channels_last, multiple, narrowest, device, asked
+        )
+        if cut is not None:
+            return cut
 
     def width(bytes_wide: int) -> int:
         """Groups of the narrowest slab that may be so narrow."""
@@ -102,12 +108,6 @@ def _plan(
     target = 2 * multiprocessors(device)
     too_few = n * slabs < target and not one_tile
     too_large = channels_last and hw * slab * size > _IN_L2
-    if "once" in asked and not backward:
-        cut = _once_plan(
-            n, c, hw, size, num_groups, channels_last, multiple, narrowest, device, asked
-        )
-        if cut is not None:
-            return cut
     split = slab > MAX_SLAB or asked.get("split", too_few or too_large)
     if split and (hw > 1 or slab > MAX_SLAB):
         return _split_plan(n, c, hw, size, channels_last, target, backward, asked)
