@@ -17,11 +17,6 @@ doubles = pytest.mark.parametrize("backend", ("reference", "torch"))
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def naive(q, k, v, scale=None):
     """One query at a time, in fp64."""
     q, k, v = q.double(), k.double(), v.double()

@@ -15,11 +15,6 @@ NATIVE = pytest.param(
 backends = pytest.mark.parametrize("backend", ("reference", "torch", "triton", NATIVE))
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def dropped(x, p, seed, backend, **options):
     """Group norm with a zero weight and a bias of one: y is the mask over 1 - p."""
     ones = torch.ones(x.shape[1])

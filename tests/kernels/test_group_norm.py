@@ -33,11 +33,6 @@ doubles = pytest.mark.parametrize("backend", ("reference", "torch", NATIVE))
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def naive(
     x,
     num_groups,

@@ -25,11 +25,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from ddb_fast.kernels import optimize, use_backend
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def test_plain_modules():
     model, original = pair(plain())
     report = optimize(model)

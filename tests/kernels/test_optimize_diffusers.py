@@ -28,11 +28,6 @@ from ddb_fast.kernels import optimize
 UNKNOWN = "its code is no version that we know"
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def test_unet_2d_with_the_defaults_of_diffusers():
     model = pytest.importorskip("diffusers").UNet2DModel()
     model = randomised(model)

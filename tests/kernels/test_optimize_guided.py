@@ -21,11 +21,6 @@ from ddb_fast.kernels import optimize
 from ddb_fast.kernels.swap_code import KNOWN, code_of
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("attention", (QKVAttentionLegacy, QKVAttention))
 @pytest.mark.parametrize("shifted", (True, False))
 def test_guided_diffusion(shifted, attention):

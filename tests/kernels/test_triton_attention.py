@@ -22,11 +22,6 @@ if module_reasons := triton_backend.why_not("attention"):
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=("usual", "one_head", "flash"))
 def cut(request, monkeypatch):
     """Cut every call in one way; where two blocks of queries are needed, they are of 16."""

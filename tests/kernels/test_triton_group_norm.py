@@ -22,11 +22,6 @@ if module_reasons := triton_backend.why_not("group_norm"):
     pytest.skip("; ".join(module_reasons), allow_module_level=True)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @layouts
 @pytest.mark.parametrize(
     ("shape", "num_groups", "dropout_p", "residual"),

@@ -15,11 +15,6 @@ if module_reasons := triton_backend.why_not("group_norm"):
     pytest.skip("; ".join(module_reasons), allow_module_level=True)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @layouts
 def test_two_runs_are_bitwise_equal(regime, layout):
     tensors = operands(*SHAPE, layout)
