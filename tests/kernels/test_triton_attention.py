@@ -5,6 +5,7 @@ call, however short, take the kernel of one head's tile or the walk over blocks 
 """
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -159,6 +160,17 @@ def test_long_calls_are_cut_alike(tokens, d, dtype):
         assert short == long
 
 
+def rounding(tensors):
+    """What rounding its score once in fp32 does to a weight, 2^score: as many parts of it.
+
+    The backward pass computes scores anew, and in which order the machine's product adds up, so
+    which way they are rounded, is not the forward pass's.
+    """
+    q, k = (t.double() for t in tensors[:2])
+    scores = q @ k.mT * q.shape[3] ** -0.5 * math.log2(math.e)
+    return scores.abs().max().item() * 2.0**-24
+
+
 def test_scores_of_any_size(cut):
     """The maximum is subtracted: exp2(1000 * log2(e)) would be infinite."""
     tensors = draw(1, 2, 20, 20, 16)
@@ -166,7 +178,7 @@ def test_scores_of_any_size(cut):
     truth = plain(tensors)
     usual = errors(plain(tensors, dtype=torch.float32), truth)
     for ours, theirs in zip(errors(run(tensors, "triton"), truth), usual, strict=True):
-        assert ours <= max(2 * theirs, 3e-6)
+        assert ours <= max(2 * theirs, rounding(tensors))
 
 
 def test_rows_whose_scores_are_all_far_below_zero(cut):
@@ -177,7 +189,7 @@ def test_rows_whose_scores_are_all_far_below_zero(cut):
     truth = plain(tensors)
     usual = errors(plain(tensors, dtype=torch.float32), truth, 1.0)
     for ours, theirs in zip(errors(run(tensors, "triton"), truth, 1.0), usual, strict=True):
-        assert ours <= max(2 * theirs, 6e-6)
+        assert ours <= max(2 * theirs, rounding(tensors))
 
 
 def test_two_runs_are_bitwise_equal(cut):
