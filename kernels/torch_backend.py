@@ -113,8 +113,9 @@ def _group_norm(
     memory_format = reference.layout(x)
     channels_last = x.device.type == "cpu" and memory_format is torch.channels_last
     if channels_last and torch.is_grad_enabled() and not x.requires_grad:
-        # The backward of torch's kernel for it ends the process where x needs no gradient.
-        x = x.contiguous()
+        # The backward of torch's kernel for it ends the process where x alone needs no gradient.
+        learns = any(p is not None and p.requires_grad for p in (weight, bias))
+        x = x.contiguous() if learns else x
     # Not F.group_norm, which refuses one element per channel.
     with reference.no_autocast(x.device):
         y = torch.group_norm(x, num_groups, _cast(weight, dtype), _cast(bias, dtype), eps)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddb_fast.kernels import group_norm, native
 
@@ -614,6 +615,24 @@ def test_parameters_learn_where_x_needs_no_gradient(names):
     assert y.is_contiguous(memory_format=torch.channels_last)
     found = torch.autograd.grad(y.square().sum(), list(parameters.values()))
     torch.testing.assert_close(found, truth)
+
+
+def test_nothing_is_copied_where_nothing_learns():
+    """A network that is only run, with its parameters frozen or outside of `torch.no_grad`."""
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function)
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(8, requires_grad=True)
+    with Record():
+        group_norm(x, 2, weight.detach(), backend="torch")
+        assert torch.ops.aten.clone.default not in called
+        group_norm(x, 2, weight, backend="torch")
+    assert torch.ops.aten.clone.default in called
 
 
 @backends
