@@ -70,13 +70,14 @@ def resnet_block(
 
 def res_block(self: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
     """ResBlock of guided-diffusion: (N, C, *spatial) and (N, E)."""
-    sequences = self.in_layers, self.out_layers
-    (norm1, silu1, conv1), (norm2, silu2, dropout, conv2) = sequences
-    if not (_fuses(norm1, silu1) and _fuses(norm2, silu2, dropout)) or hooked(*sequences):
+    first, second = list(self.in_layers), list(self.out_layers)
+    usual = len(first) == 3 and len(second) == 4 and not hooked(self.in_layers, self.out_layers)
+    if not (usual and _fuses(*first[:2]) and _fuses(*second[:3])):
         # The checkpointed half of their forward, where there is one.
         cls = type(self)
         return getattr(cls, "_forward", cls.forward)(self, x, emb)
 
+    (norm1, _, conv1), (norm2, _, dropout, conv2) = first, second
     h = norm1(x, activation="silu")
     if getattr(self, "updown", False):
         h, x = self.h_upd(h), self.x_upd(x)

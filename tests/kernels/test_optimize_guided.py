@@ -66,6 +66,15 @@ def test_a_block_of_more_layers_stays():
     assert_same(model, original, **guided_inputs())
 
 
+def test_layers_that_are_added_later_count():
+    model, original = pair(ResBlock(8, 8, shifted=True))
+    optimize(model)
+    for net in (model, original):
+        net.in_layers.append(nn.Tanh())
+        net.out_layers.append(nn.Tanh())
+    assert_same(model, original, **guided_inputs())
+
+
 class Unusual(ResBlock):
     """Reads and calls the same, but scales by `scale`, not by 1 + scale."""
 
