@@ -59,11 +59,13 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdic
     Nothing can be said unless the ERM learnt something: the upper 95 % Wilson bound of its errors
     is below what naming the largest class each time would give. A bias is found if, of the images
     that an amplifier gets wrong, the share for which both and the ERM name the same wrong class has
-    a lower bound above .4, they are at least five, and those on which the amplifiers agree are a
-    minority. To say that there is none takes a generator whose worse amplifier errs on at most a
-    fifth of the images more than the ERM, and is nearer to it than to naming the largest class each
-    time (amplifiers that guess say nothing, however little the ERM learnt), and an ERM most of
-    whose errors may be its own: the lower bound of the share that is unanimous is at most .5.
+    a lower bound above .4, they are at least five, those on which the amplifiers agree are a
+    minority, and neither amplifier names about the same class each time (the mean over the classes
+    of its recall's lower bound is above 1 / classes). To say that there is none takes a generator
+    whose worse amplifier errs on at most a fifth of the images more than the ERM, and is nearer to
+    it than to naming the largest class each time (amplifiers that guess say nothing, however little
+    the ERM learnt), and an ERM most of whose errors may be its own: the lower bound of the share
+    that is unanimous is at most .5.
 
     ValueError for other shapes.
     """
@@ -94,6 +96,8 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdic
             limit=UNANIMOUS,
             passed=unanimous >= FEWEST
             and wilson_interval(unanimous, errors)[0] > UNANIMOUS
+            and _tells_classes_apart(y, amplifier)
+            and _tells_classes_apart(y, again)
             and 2 * at_odds.sum().item() < len(y),
         ),
         Check(
@@ -120,6 +124,14 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdic
     elif learnt.passed and generator.passed and shared.passed:
         found = False
     return Verdict(found=found, at_odds=at_odds, checks=checks)
+
+
+def _tells_classes_apart(y: Tensor, predicted: Tensor) -> bool:
+    """Each class counts alike: as often as the others, an amplifier has seen it."""
+    labels = y.unique().tolist()
+    own = [(predicted == y)[y == label] for label in labels]
+    bounds = [wilson_interval(right.sum().item(), len(right))[0] for right in own]
+    return sum(bounds) > 1
 
 
 def sentences(verdict: Verdict, count: int) -> list[str]:

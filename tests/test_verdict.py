@@ -118,13 +118,26 @@ def test_networks_that_learnt_nothing_say_nothing():
 
 def test_most_images_at_odds_are_no_bias():
     """What most images are is the rule and not its exception."""
-    y = torch.arange(100) // 50 * 5
+    y = torch.arange(100) // 20
     said = {name: y.clone() for name in NETWORKS}
-    said["amplifier"][:51] = said["again"][:51] = said["erm"][:30] = 1
+    said["amplifier"][:51] = said["again"][:51] = said["erm"][:30] = 5
     verdict = judge(y, **said)
     assert verdict.found is None and not verdict.checks[1].passed
     said["amplifier"][:2] = said["again"][:2] = 0
     assert judge(y, **said).found is True, "28 of 49"
+
+
+def test_amplifiers_that_guess_find_no_bias():
+    """Both name the larger of two classes: a weak ERM agrees with half of their errors."""
+    y = (torch.arange(100) >= 52).long()
+    said = {name: torch.zeros_like(y) for name in NETWORKS}
+    said["erm"] = torch.where(torch.arange(100) < 79, 0, 1)
+    verdict = judge(y, **said)
+    assert verdict.checks[0].passed and verdict.checks[1].value == 27 / 48
+    assert verdict.found is None
+    assert "the generator is too poor" in as_data(verdict, y, ("cat", "dog"))["sentences"][0]
+    said["amplifier"][60:] = said["again"][60:] = 1
+    assert judge(y, **said).found is True, "8 of 8, where the ERM errs on 19 more"
 
 
 def test_few_images_do_not_suffice():
