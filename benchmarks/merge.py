@@ -87,25 +87,41 @@ def _cpu(found: list[Row]) -> str:
         "Milliseconds of native, in C++, beside eager torch and torch.compile, taken in turns; "
         "blocks of less than 32 MiB are reused, larger ones come fresh from the kernel. Two "
         "ratios, of times over native's in channels_last: of eager in channels_last, and of the "
-        "fastest other in any layout.\n"
+        "fastest other in any layout. Attention: heads of a packed projection, torch's is its "
+        "scaled dot product attention; GFLOP/s of native.\n"
     )
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in found:
-        groups[row["dtype"], row["direction"]].append(row)
-    for (dtype, direction), part in groups.items():
+        groups[row["op"], row["dtype"], row["direction"]].append(row)
+    for (op, dtype, direction), part in groups.items():
+        ratios, line = _CPU_LINES[op]
         names = list(part[0]["us"])
-        body = []
-        for row in part:
-            other = min(us for name, us in row["us"].items() if not name.startswith("native"))
-            ours = row["us"]["native/nhwc"]
-            gains = (row["us"]["torch/nhwc"] / ours, other / ours)
-            body.append([row["shape"], *(row["us"][name] / 1e3 for name in names), *gains])
-        header = ("shape", *names, "eager / native", "best / native")
-        text += f"\n## {dtype} {direction}\n" + table(header, body)
-        for at, name in ((-2, header[-2]), (-1, header[-1])):
-            column = [line[at] for line in body]
-            text += f"\n{name}: median {median(column):.2f}, least {min(column):.2f}.\n"
+        body = [
+            (row["shape"], *(row["us"][name] / 1e3 for name in names), *line(row)) for row in part
+        ]
+        title = f"{dtype} {direction}" if op == "group_norm" else f"{op}, {dtype} {direction}"
+        text += f"\n## {title}\n" + table(("shape", *names, *ratios), body)
+        for at, name in enumerate(ratios, start=1 + len(names)):
+            if " / " in name:
+                column = [cells[at] for cells in body]
+                text += f"\n{name}: median {median(column):.2f}, least {min(column):.2f}.\n"
     return text
+
+
+def _cpu_norm(row: Row) -> tuple[float, float]:
+    times, ours = row["us"], row["us"]["native/nhwc"]
+    other = min(us for name, us in times.items() if not name.startswith("native"))
+    return times["torch/nhwc"] / ours, other / ours
+
+
+def _cpu_attention(row: Row) -> tuple[float, str, float]:
+    return row["us"]["torch"] / row["us"]["native"], row["automatic"], row["GFLOP/s"]
+
+
+_CPU_LINES = {
+    "group_norm": (("eager / native", "best / native"), _cpu_norm),
+    "attention": (("torch / native", "automatic", "GFLOP/s"), _cpu_attention),
+}
 
 
 def _correctness(found: list[Row]) -> str:

@@ -6,6 +6,7 @@ same process. GB/s counts every operand and result once, however often a contend
 
 import contextlib
 import functools
+import itertools
 import math
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from contenders import Contender
 from rows import Item, Row
 from torch import Tensor
 
-from ddb_fast.kernels import tuned
+from ddb_fast.kernels import dispatch, tuned
 from ddb_fast.train import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -251,21 +252,30 @@ def kernels(device: torch.device) -> Iterator[Item]:
     yield from sorted(found, key=lambda item: item[0].split()[-1].split("/")[0] in _SLOW)
 
 
-def cpu(groups: Iterable[tuple[str, shapes.GroupNorm]], *, samples: int = 16) -> Iterator[Item]:
+def cpu(
+    norms: Iterable[tuple[str, shapes.GroupNorm]],
+    heads: Iterable[tuple[str, shapes.Attention]],
+    *,
+    samples: tuple[int, int] = (16, 4),
+) -> Iterator[Item]:
     """All items of the part `cpu`: contenders of a shape in turns, so one row holds them all."""
     # As a run has it; else it depends on the heap whether a call's results lie in fresh pages, and
     # then the call takes up to three times as long.
     keep_freed_memory()
     _fetch_memory()
-    # Some differ in nothing but the number of samples.
-    different: dict[shapes.GroupNorm, str] = {}
-    for group, shape in groups:
-        different.setdefault(shape.at(samples), group)
-    for small, group in different.items():
-        for dtype in ("fp32", "bf16"):
-            for direction in ("forward", "both"):
-                key = f"group_norm {small} {dtype} silu {direction}"
-                yield key, functools.partial(_cpu_row, group, small, dtype, direction)
+    for name, row, pairs, n in (
+        ("group_norm {} {} silu {}", _cpu_norm_row, norms, samples[0]),
+        ("attention {} {} {}", _cpu_attention_row, heads, samples[1]),
+    ):
+        # Some differ in nothing but the number of samples.
+        different: dict[object, str] = {}
+        for group, shape in pairs:
+            different.setdefault(shape.at(n), group)
+        for (shape, group), dtype, direction in itertools.product(
+            different.items(), ("fp32", "bf16"), ("forward", "both")
+        ):
+            key = name.format(shape, dtype, direction)
+            yield key, functools.partial(row, group, shape, dtype, direction)
 
 
 def _fetch_memory(size: int = 2**30) -> None:
@@ -283,7 +293,7 @@ def _fetch_memory(size: int = 2**30) -> None:
             memory[page] = 1
 
 
-def _cpu_row(group: str, shape: shapes.GroupNorm, dtype: str, direction: str) -> Row:
+def _cpu_norm_row(group: str, shape: shapes.GroupNorm, dtype: str, direction: str) -> Row:
     device, options = torch.device("cpu"), shapes.OPTIONS["silu"]
     _compile_afresh(shape, dtype)
     found, missing = contenders.norm_contenders(shape, options, device, "default")
@@ -313,4 +323,26 @@ def _cpu_row(group: str, shape: shapes.GroupNorm, dtype: str, direction: str) ->
             for layout in contenders.LAYOUTS
         },
         "us": {name: timing.median * 1e6 for name, timing in timings.items()},
+    }  # fmt: skip
+
+
+def _cpu_attention_row(group: str, shape: shapes.Attention, dtype: str, direction: str) -> Row:
+    device = torch.device("cpu")
+    if reasons := contenders.backends()["attention"]["native"]:
+        raise RuntimeError("; ".join(reasons))
+    operands = contenders.attention_operands(shape, DTYPES[dtype], device)
+    calls = {}
+    for backend in ("native", "torch"):
+        contender = contenders.our_attention(backend)
+        attention_off(contender, operands, direction)
+        calls[backend] = contenders.DIRECTIONS[direction](contender, operands)
+    timings = measure.interleaved(calls, rounds=7)
+    taken = dispatch.automatic(
+        "attention", *(operands[name] for name in "qkv"), gradients=direction != "forward"
+    )
+    return {
+        "op": "attention", "group": group, "shape": str(shape), "dtype": dtype,
+        "direction": direction, "automatic": taken[0],
+        "us": {name: timing.median * 1e6 for name, timing in timings.items()},
+        "GFLOP/s": PRODUCTS[direction] * shape.flops / timings["native"].median / 1e9,
     }  # fmt: skip

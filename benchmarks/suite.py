@@ -65,7 +65,7 @@ def items(part: str, device: torch.device) -> Iterator[Item]:
         return sampling_ways.cpu_sampling_items(tiny.diffusion, tiny.sampling)
     if part == "scaling":
         return scaling.items()
-    return speed.cpu(shapes.unique(shapes.GROUP_NORM))
+    return speed.cpu(shapes.unique(shapes.GROUP_NORM), shapes.unique(shapes.ATTENTION))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -607,7 +607,10 @@ def test_the_part_cpu_writes_rows_and_winners(tmp_path, monkeypatch, quick):
     pytest.importorskip("triton")
     if contenders.backends()["group_norm"]["native"]:
         pytest.skip("the C++ operators were not built")
-    monkeypatch.setattr(suite, "items", lambda part, device: speed.cpu([("t", SHAPE)], samples=2))
+    heads = shapes.Attention(2, 1, 8, 16)
+    monkeypatch.setattr(
+        suite, "items", lambda *_: speed.cpu([("t", SHAPE)], [("t", heads)], samples=(2, 2))
+    )
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
     plain = contenders.norm_contenders
 
@@ -621,6 +624,10 @@ def test_the_part_cpu_writes_rows_and_winners(tmp_path, monkeypatch, quick):
     winners = json.loads(path.read_text())["winners"]["group_norm"]
     assert len(winners) == 8
     assert set(winners.values()) <= {"native", "torch"}
+    (page,) = merge.merge(tmp_path / "rows", "", tmp_path / "results")
+    text = page.read_text()
+    assert text.count(f"| {SHAPE} |") == text.count(f"| {heads} |") == 4
+    assert "| torch / native | automatic | GFLOP/s |" in text
 
 
 def test_shares_of_a_part_make_it_up(tmp_path, monkeypatch, capsys):
