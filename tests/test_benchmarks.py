@@ -305,7 +305,7 @@ def test_merge_of_networks_and_cpu():
     assert "| form | batch | ms | images/s | share of matmul | peak GB | ours is faster |" in text
     assert "| authors | 32 | 60 | 533 | - | 9 | 6 |" in text
     us = {"native/nhwc": 4000.0, "native/nchw": 1000.0, "torch/nhwc": 9000.0, "torch/nchw": 6000.0}
-    row = {"shape": "s", "dtype": "fp32", "direction": "both", "us": us}
+    row = {"op": "group_norm", "shape": "s", "dtype": "fp32", "direction": "both", "us": us}
     text = merge.page(HERE, "cpu", [row], "")
     assert "| s | 4 | 1 | 9 | 6 | 2.25 | 1.5 |" in text
     assert "eager / native: median 2.25, least 2.25." in text
