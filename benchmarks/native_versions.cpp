@@ -1,7 +1,7 @@
 // Versions of the C++ group norm's kernels, linked into one program and run in turns, which is what
 // native_versions.py builds: V(0) V(1) ... in VERSIONS are the namespaces they were compiled into.
 //
-//   program ROUNDS THREADS CHANNELS PIXELS [CHANNELS PIXELS ...]
+//   program ROUNDS THREADS nhwc|nchw CHANNELS PIXELS [CHANNELS PIXELS ...]
 //
 // prints a line for each format, shape, direction and version: median milliseconds of 16 samples. It
 // ends with 3 where a version's results are not the first one's, up to rounding.
@@ -81,7 +81,7 @@ double difference(const void* a, const void* b, int64_t elements, bool half) {
   return std::sqrt(squares / all);
 }
 
-void measure(bool half, int64_t channels, int64_t pixels, int rounds, int threads) {
+void measure(bool half, bool channels_last, int64_t channels, int64_t pixels, int rounds, int threads) {
   const int64_t elements = samples * channels * pixels, bytes = elements * (half ? 2 : 4);
   const Block x = block(bytes), dy = block(bytes), y = block(bytes), ds = block(bytes);
   const Block first[2] = {block(bytes), block(bytes)};
@@ -91,9 +91,10 @@ void measure(bool half, int64_t channels, int64_t pixels, int rounds, int thread
   std::vector<float> mean(samples * groups), rstd(mean), terms[2], sums[2];
   Call call{};
   call.format = half ? Format::bfloat16 : Format::float32;
-  call.channels_last = call.silu = true;
+  call.channels_last = channels_last;
+  call.silu = true;
   call.samples = samples;
-  call.channels = call.slab = channels;  // a sample is a task, see slab_of in operators.cpp
+  call.channels = channels;
   call.pixels = pixels;
   call.groups = groups;
   call.eps = 1e-5;
@@ -103,7 +104,14 @@ void measure(bool half, int64_t channels, int64_t pixels, int rounds, int thread
   call.rstd = rstd.data();
   call.x = x.get();
   call.y = y.get();
+  const auto slab_of = [&](int64_t tensors) {  // as in operators.cpp
+    if (channels_last) return channels;
+    const int64_t size = channels / groups, fit = (1 << 20) / (size * pixels * (half ? 2 : 4) * tensors);
+    return size * std::clamp(std::min(fit, samples * groups / (4 * threads)), int64_t(1), groups);
+  };
+  call.slab = slab_of(1);
   Call back = call;
+  back.slab = slab_of(half ? 5 : 3);
   back.dy = dy.get();
   back.ds = ds.get();
   back.keep_dz = half;
@@ -125,10 +133,12 @@ void measure(bool half, int64_t channels, int64_t pixels, int rounds, int thread
       const int v = (turn + round + 2) % count;  // each version is first equally often
       for (int direction = 0; direction < 2; ++direction) {
         const auto began = std::chrono::steady_clock::now();
-// Each thread has as many samples, one after the other, as at::parallel_for gives it.
+        const Call& own = direction ? back : call;
+        const int64_t tasks = samples * ((channels + own.slab - 1) / own.slab);
+// Each thread has as many tasks, one after the other, as at::parallel_for gives it.
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int t = 0; t < threads; ++t) {
-          const int64_t first = samples * t / threads, last = samples * (t + 1) / threads;
+          const int64_t first = tasks * t / threads, last = tasks * (t + 1) / threads;
           if (direction)
             versions[v]->backward(back, first, last, scratch[t].get());
           else
@@ -161,7 +171,8 @@ void measure(bool half, int64_t channels, int64_t pixels, int rounds, int thread
 
 int main(int argc, char** argv) {
   const int rounds = std::atoi(argv[1]), threads = std::atoi(argv[2]);
+  const bool channels_last = std::strcmp(argv[3], "nhwc") == 0;
   for (const bool half : {false, true})
-    for (int at = 3; at + 1 < argc; at += 2)
-      measure(half, std::atoll(argv[at]), std::atoll(argv[at + 1]), rounds, threads);
+    for (int at = 4; at + 1 < argc; at += 2)
+      measure(half, channels_last, std::atoll(argv[at]), std::atoll(argv[at + 1]), rounds, threads);
 }

@@ -5,8 +5,8 @@
 Each version is a git revision, or a folder with a `kernels/csrc`. On a shared machine two processes
 one after the other differ by 15 % and more with nothing changed; versions that take turns of a
 millisecond agree to 1 %. The first version runs a second time, as the last: what that row is off 1
-is the error of the others. Forward and backward with SiLU, channels_last, 16 samples, 32 groups;
-a version whose results differ is not timed.
+is the error of the others. Forward and backward with SiLU, 16 samples, 32 groups, channels_last or
+`--layout nchw`; a version whose results differ is not timed.
 """
 
 import argparse
@@ -107,11 +107,11 @@ Row = tuple[str, int, int, str]
 
 
 def run(
-    program: Path, shapes: tuple[tuple[int, int], ...], *, rounds: int, threads: int
+    program: Path, shapes: tuple[tuple[int, int], ...], *, layout: str, rounds: int, threads: int
 ) -> list[tuple[Row, int, float]]:
     """(row, version, milliseconds) of each; ValueError where a version computes something else."""
     sizes = [str(size) for shape in shapes for size in shape]
-    command = [str(program), str(rounds), str(threads), *sizes]
+    command = [str(program), str(rounds), str(threads), layout, *sizes]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise ValueError(result.stderr.strip() or f"the program ended with {result.returncode}")
@@ -141,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("versions", nargs="+", help="git revisions, or folders with kernels/csrc")
     parser.add_argument("--level", help="instruction set: baseline, avx2, avx512")
+    parser.add_argument("--layout", choices=("nhwc", "nchw"), default="nhwc")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args(argv)
@@ -152,7 +153,11 @@ def main(argv: list[str] | None = None) -> int:
             level = arguments.level or best_level()
             program = build([*folders, folders[0]], level, Path(work))
             for row, version, milliseconds in run(
-                program, SHAPES, rounds=arguments.rounds, threads=arguments.threads
+                program,
+                SHAPES,
+                layout=arguments.layout,
+                rounds=arguments.rounds,
+                threads=arguments.threads,
             ):
                 times[row][version] = milliseconds
     except (ValueError, OSError) as error:

@@ -30,36 +30,48 @@ def version(folder, old, new):
     return target
 
 
-def timed(folders, work):
-    program = native_versions.build(folders, "baseline", work, optimised="-O0")
-    return native_versions.run(program, ((64, 3), (32, 65)), rounds=2, threads=2)
+def built(folders, work):
+    return native_versions.build(folders, "baseline", work, optimised="-O0")
+
+
+def timed(program, layout):
+    return native_versions.run(program, ((64, 3), (32, 65)), layout=layout, rounds=2, threads=2)
 
 
 @needs_compiler
 def test_versions_take_turns(tmp_path):
     own = ROOT / native_versions.SOURCES
-    other = version(tmp_path / "other", "block_terms = 64", "block_terms = 32")
-    rows = timed([own, other], tmp_path)
-    assert [(row, number) for row, number, _ in rows] == [
-        ((dtype, channels, pixels, direction), number)
-        for dtype in ("fp32", "bf16")
-        for channels, pixels in ((64, 3), (32, 65))
-        for direction in ("forward", "backward")
-        for number in (0, 1)
-    ]
-    assert all(milliseconds > 0 for _, _, milliseconds in rows)
+    program = built([own, version(tmp_path / "other", "terms = 64", "terms = 32")], tmp_path)
+    for rows in (timed(program, layout) for layout in ("nhwc", "nchw")):
+        assert [(row, number) for row, number, _ in rows] == [
+            ((dtype, channels, pixels, direction), number)
+            for dtype in ("fp32", "bf16")
+            for channels, pixels in ((64, 3), (32, 65))
+            for direction in ("forward", "backward")
+            for number in (0, 1)
+        ]
+        assert all(milliseconds > 0 for _, _, milliseconds in rows)
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [("slab.b[i] =\n", "slab.b[i] = 1e-3 +\n"), ("R(-rstd * rstd * m2)", "R(-rstd * m2)")],
-    ids=["forward", "backward"],
+    ("layout", "old", "new"),
+    [
+        ("nhwc", "slab.b[i] =\n", "slab.b[i] = 1e-3 +\n"),
+        ("nhwc", "R(-rstd * rstd * m2)", "R(-rstd * m2)"),
+        (
+            "nchw",
+            "x = static_cast<const T*>(slab.call.x) + origin",
+            "x = static_cast<const T*>(slab.call.x)",
+        ),
+    ],
+    ids=["forward", "backward", "contiguous"],
 )
-def test_a_version_that_computes_something_else_is_not_timed(tmp_path, old, new):
+def test_a_version_that_computes_something_else_is_not_timed(tmp_path, layout, old, new):
     own, wrong = ROOT / native_versions.SOURCES, version(tmp_path / "wrong", old, new)
+    program = built([own, wrong], tmp_path)
     with pytest.raises(ValueError, match=r"version 1 is off by"):
-        timed([own, wrong], tmp_path)
+        timed(program, layout)
 
 
 def test_versions_that_do_not_fit_are_refused(tmp_path, capsys):
