@@ -41,9 +41,7 @@ inline VF larger(VF a, VF b) {
 }
 
 inline float largest(VF x) {
-  float most = x[0];
-  for (int i = 1; i < lanes<float>; ++i) most = x[i] > most ? x[i] : most;
-  return most;
+  return reduced(x, larger);
 }
 
 // A head's keys and values, and what a block of queries needs.
@@ -112,7 +110,7 @@ struct Forward {
     VF found = VF{} - __builtin_inff();
     each_vector<float>(keys, [&](int64_t i, auto part) {
       const VF x = load(row + i, part) * scale;
-      found = larger(some_or(x, part, -__builtin_inff()), found);
+      found = larger(only(x, part, VF{} - __builtin_inff()), found);
     });
     const float before = most;
     most = std::max(before, largest(found));
@@ -130,12 +128,6 @@ struct Forward {
         store(sums + r * columns + i, load(sums + r * columns + i, All()) * shrink, All());
     }
     total += sum(sum_of);
-  }
-
-  static VF some_or(VF x, All, float) { return x; }
-  static VF some_or(VF x, Some some, float other) {
-    for (int i = some.count; i < lanes<float>; ++i) x[i] = other;
-    return x;
   }
 };
 

@@ -53,7 +53,8 @@ struct Contiguous {
         if constexpr (with_residual) value += load(residual + at, some);
         return value;
       };
-      slab.offset[c] = s(0, Some{1})[0];
+      // A vector of one lane is put together in memory, which stalls the load behind it.
+      slab.offset[c] = (pixels < lanes<R> ? s(0, Some{1}) : s(0, All()))[0];
       for (int64_t from = 0; from < pixels; from += block) {
         const int64_t count = from + block < pixels ? block : pixels - from;
         const V offset = all(slab.offset[c]);
@@ -65,9 +66,11 @@ struct Contiguous {
         });
         slab.sums[0][c] = sum(sum1);
         slab.sums[1][c] = sum(sum2);
-        add_block(slab, c, c + 1, from, count);
+        if (pixels > block) add_block(slab, c, c + 1, from, count);
       }
     }
+    // For one channel alone this takes longer than the sums of 64 pixels.
+    if (pixels <= block) add_block(slab, 0, slab.count, 0, pixels);
   }
 
   template <bool silu, bool extra>
@@ -120,8 +123,7 @@ struct Contiguous {
             if (call.d_sum) sums[3] += load(d_sum + at, some);
           }
         });
-        for (int k = 0; k < (extra ? 4 : 2); ++k) slab.sums[k][c] = sum(sums[k]);
-        add_gradient_block(slab, c, c + 1);
+        for (int k = 0; k < (extra ? 4 : 2); ++k) slab.totals[k][c] += sum(sums[k]);
       }
     });
   }

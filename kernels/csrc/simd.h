@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -132,6 +133,54 @@ inline void store(Half* p, VF x, All) {
 #endif
 }
 
+template <class I, int... lane>
+inline I numbered(std::integer_sequence<int, lane...>) {
+  return I{lane...};
+}
+
+// x where something is, else `other`.
+inline VF only(VF x, All, VF = VF{}) { return x; }
+inline VD only(VD x, All, VD = VD{}) { return x; }
+
+inline VF only(VF x, Some some, VF other = VF{}) {
+  return numbered<VI>(std::make_integer_sequence<int, lanes<float>>()) < some.count ? x : other;
+}
+
+inline VD only(VD x, Some some, VD other = VD{}) {
+  const auto number = numbered<VL>(std::make_integer_sequence<int, lanes<double>>());
+  return number < uint64_t(some.count) ? x : other;
+}
+
+#if defined(__AVX512F__)
+inline __mmask16 mask(Some some) { return __mmask16((1u << some.count) - 1); }
+
+inline VF load(const float* p, Some some) { return (VF)_mm512_maskz_loadu_ps(mask(some), p); }
+
+inline VD load(const double* p, Some some) {
+  return (VD)_mm512_maskz_loadu_pd(__mmask8(mask(some)), p);
+}
+
+inline void store(float* p, VF x, Some some) { _mm512_mask_storeu_ps(p, mask(some), (__m512)x); }
+
+inline void store(double* p, VD x, Some some) {
+  _mm512_mask_storeu_pd(p, __mmask8(mask(some)), (__m512d)x);
+}
+
+// The 16-bit formats. What is stored and loaded in one piece does not wait for the memory between.
+template <class T>
+inline VF load(const T* p, Some some) {
+  T whole[lanes<float>];
+  _mm256_storeu_si256((__m256i*)whole, _mm256_maskz_loadu_epi16(mask(some), p));
+  return load(whole, All());
+}
+
+template <class T>
+inline void store(T* p, VF x, Some some) {
+  T whole[lanes<float>];
+  store(whole, x, All());
+  _mm256_mask_storeu_epi16(p, mask(some), _mm256_loadu_si256((const __m256i*)whole));
+}
+#else
 template <class T>
 inline Vector<T> load(const T* p, Some some) {
   T whole[lanes<Real<T>>] = {};
@@ -145,16 +194,7 @@ inline void store(T* p, Vector<T> x, Some some) {
   store(whole, x, All());
   for (int i = 0; i < some.count; ++i) p[i] = whole[i];
 }
-
-// x with 0 where nothing is.
-inline VF only(VF x, All) { return x; }
-inline VD only(VD x, All) { return x; }
-
-template <class V>
-inline V only(V x, Some some) {
-  for (int i = some.count; i < int(sizeof(V) / sizeof(x[0])); ++i) x[i] = 0;
-  return x;
-}
+#endif
 
 // Calls body(i, All()) for each whole vector in 0..count and body(i, Some{...}) for what is left.
 template <class R, class Body>
@@ -260,13 +300,24 @@ inline VD quotient(VD x, VD d) {
   return x / d;
 }
 
-inline float sum(VF x) {
-  for (int step = lanes<float> / 2; step > 0; step /= 2) {
-    VI partner;
-    for (int i = 0; i < lanes<float>; ++i) partner[i] = i ^ step;
-    x += __builtin_shuffle(x, partner);
+template <int step, int... lane>
+inline VF exchanged(VF x, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(x, x, (lane ^ step)...);
+}
+
+// All lanes combined in pairs, lanes / 2 apart first.
+template <int step = lanes<float> / 2, class Combine>
+inline float reduced(VF x, const Combine& combine) {
+  if constexpr (step == 0) {
+    return x[0];
+  } else {
+    const VF other = exchanged<step>(x, std::make_integer_sequence<int, lanes<float>>());
+    return reduced<step / 2>(combine(x, other), combine);
   }
-  return x[0];
+}
+
+inline float sum(VF x) {
+  return reduced(x, [](VF a, VF b) { return a + b; });
 }
 
 inline double sum(VD x) {
