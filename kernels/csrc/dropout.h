@@ -57,8 +57,8 @@ inline void draw_blocks(uint64_t seed, uint64_t first, int64_t count, uint16_t* 
       high |= (word[j] >> 16 & 0xffff) << (16 * j);
     }
     for (int k = 0; k < width; ++k) {
-      std::memcpy(out + 8 * (i + k), &low[k], 8);
-      std::memcpy(out + 8 * (i + k) + 4, &high[k], 8);
+      const uint64_t halves[2] = {low[k], high[k]};
+      std::memcpy(out + 8 * (i + k), halves, sizeof halves);
     }
   }
 }

@@ -5,14 +5,17 @@ What all backends share is in test_group_norm.py and test_dropout.py.
 
 import itertools
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import native_versions
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.cpp_extension import include_paths
 
 from ddb_fast.kernels import dispatch, group_norm, native
 from ddb_fast.kernels.reference import dropout_constants, random_halves
@@ -363,6 +366,27 @@ def test_refusals():
     assert "these tensors are fp64" in native.why_not("attention", double, double, double)[0]
     meta = torch.empty(2, 4, 3, 3, device="meta")
     assert native.why_not("group_norm", meta, 2) == ["the C++ operators run on CPUs, not on meta"]
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang is not installed")
+@pytest.mark.parametrize("level", LEVELS)
+def test_clang_takes_the_sources(level):
+    if level != "baseline" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the instruction set is another machine's")
+    command = ["clang++", "-std=gnu++20", "-fsyntax-only", f"-DDDB_LEVEL={level}"]
+    command += [f"-isystem{folder}" for folder in include_paths()]
+    sources = (ROOT / "kernels" / "csrc").glob("*.cpp")
+    done = subprocess.run(
+        [
+            *command,
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            *native_versions.flags(level),
+            *sources,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("broken", ("compiler", "cmake"))
