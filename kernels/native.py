@@ -42,7 +42,7 @@ def _load() -> str | None:
     if not LIBRARY.exists():
         _unavailable = (
             "the C++ operators were not built: install again with --no-build-isolation where cmake "
-            "3.22 and gcc 12 are, and see what the build says (pip install -v)"
+            "3.22 and gcc 12 or clang are, and see what the build says (pip install -v)"
         )
     else:
         try:
