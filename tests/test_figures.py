@@ -113,7 +113,8 @@ def test_the_confusion_picture_is_readable_for_any_number_of_classes(number):
     assert len([t for t in texts(svg) if t.startswith("class ")]) == 2 * number
     assert ("53" in texts(svg)) == (number <= figures.NUMBERED)
     width = int(re.search(r"width:(\d+)px", svg)[1])
-    size = min(float(s) for s in re.findall(r"font-size: ([\d.]+)px", svg))
+    # Matplotlib 3.9 writes all of a font in one: font: 9px 'DejaVu Sans'.
+    size = min(float(s) for s in re.findall(r"font(?:-size)?: ([\d.]+)px", svg))
     box = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
     assert size * width / box >= 7.9, "pixels of the smallest letters"
     assert len(svg) < 150_000
