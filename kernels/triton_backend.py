@@ -16,10 +16,26 @@ _INSTALLED = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _why_no_interpreter() -> str | None:
+    """Triton 3.6's takes arrays with a dimension for numbers, which NumPy 2.4 no longer does."""
+    import numpy
+    import triton
+
+    has = [tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, numpy)]
+    if has[0] < (3, 7) and has[1] >= (2, 4):
+        return "the interpreter of Triton before 3.7 needs NumPy before 2.4"
+    return None
+
+
+_NO_INTERPRETER = _why_no_interpreter() if _INSTALLED and _INTERPRETED else None
+
+
 def why_not(op: str, *arguments: Any) -> list[str]:
     """List the reasons why Triton cannot run `op`, see `dispatch.Backend`."""
     if not _INSTALLED:
         return ["triton is not installed"]
+    if _INTERPRETED and _NO_INTERPRETER is not None:
+        return [_NO_INTERPRETER]
     if not arguments:
         if _INTERPRETED:
             return []

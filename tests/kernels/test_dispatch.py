@@ -410,6 +410,21 @@ def test_triton_attends_on_tensor_cores_only(arch, attends, monkeypatch):
     assert triton_backend.why_not("group_norm") == []
 
 
+@pytest.mark.parametrize(
+    ("versions", "works"),
+    [(("3.6.0", "2.4.6"), False), (("3.6.0", "2.3.5"), True), (("3.7.1", "2.4.6"), True)],
+)
+def test_an_interpreter_that_newer_numpy_breaks_is_not_asked(versions, works, monkeypatch):
+    pytest.importorskip("triton")
+    for name, version in zip(("triton", "numpy"), versions, strict=True):
+        monkeypatch.setattr(f"{name}.__version__", version)
+    reason = triton_backend._why_no_interpreter()
+    assert (reason is None) == works
+    monkeypatch.setattr(triton_backend, "_NO_INTERPRETER", reason)
+    expected = [] if works else ["the interpreter of Triton before 3.7 needs NumPy before 2.4"]
+    assert triton_backend.why_not("group_norm") == expected
+
+
 def test_env_says_what_was_measured(tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
