@@ -128,10 +128,10 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdic
 
 def _tells_classes_apart(y: Tensor, predicted: Tensor) -> bool:
     """Each class counts alike: as often as the others, an amplifier has seen it."""
-    labels = y.unique().tolist()
-    own = [(predicted == y)[y == label] for label in labels]
-    bounds = [wilson_interval(right.sum().item(), len(right))[0] for right in own]
-    return sum(bounds) > 1
+    counts = y.bincount()
+    right = y[predicted == y].bincount(minlength=len(counts))
+    pairs = zip(right.tolist(), counts.tolist(), strict=True)
+    return sum(wilson_interval(k, n)[0] for k, n in pairs if n) > 1
 
 
 def sentences(verdict: Verdict, count: int) -> list[str]:
