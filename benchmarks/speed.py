@@ -278,7 +278,7 @@ def cpu(
             yield key, functools.partial(row, group, shape, dtype, direction)
 
 
-def _fetch_memory(size: int = 2**30) -> None:
+def _fetch_memory() -> None:
     """Have a virtual machine fetch memory from its host before anything is timed.
 
     A huge page takes 2 ms the first time and 0.1 ms from then on, and only the C++ operators ask
@@ -286,6 +286,7 @@ def _fetch_memory(size: int = 2**30) -> None:
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return
+    size = 2**30
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
