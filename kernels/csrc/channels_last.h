@@ -156,7 +156,7 @@ struct ChannelsLast {
           for (int k = 0; k < (extra ? 4 : 2); ++k) store(slab.sums[k] + i, sums[k], All());
         });
       });
-      add_gradient_block(slab);
+      add_gradient_block(slab, 0, slab.count);
     }
   }
 

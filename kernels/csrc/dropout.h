@@ -39,7 +39,9 @@ inline void philox(VL counter, uint64_t seed, VL (&word)[4]) {
 }
 
 inline VL counters(uint64_t first, uint64_t step) {
-  return numbered<VL>() * step + first;
+  VL counter;
+  for (int i = 0; i < lanes<uint64_t>; ++i) counter[i] = first + i * step;
+  return counter;
 }
 
 // out[8 * i + j] is channel j of the block with counter first + i. Writes whole vectors: up to

@@ -133,15 +133,9 @@ inline void store(Half* p, VF x, All) {
 #endif
 }
 
-// 0, 1, ... in the lanes.
 template <class I, int... lane>
 inline I numbered(std::integer_sequence<int, lane...>) {
   return I{lane...};
-}
-
-template <class I>
-inline I numbered() {
-  return numbered<I>(std::make_integer_sequence<int, int(sizeof(I) / sizeof(I{}[0]))>());
 }
 
 // x where something is, else `other`.
@@ -149,11 +143,12 @@ inline VF only(VF x, All, VF = VF{}) { return x; }
 inline VD only(VD x, All, VD = VD{}) { return x; }
 
 inline VF only(VF x, Some some, VF other = VF{}) {
-  return numbered<VI>() < some.count ? x : other;
+  return numbered<VI>(std::make_integer_sequence<int, lanes<float>>()) < some.count ? x : other;
 }
 
 inline VD only(VD x, Some some, VD other = VD{}) {
-  return numbered<VL>() < uint64_t(some.count) ? x : other;
+  const auto number = numbered<VL>(std::make_integer_sequence<int, lanes<double>>());
+  return number < uint64_t(some.count) ? x : other;
 }
 
 #if defined(__AVX512F__)

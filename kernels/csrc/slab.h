@@ -189,9 +189,9 @@ void affine(Slab<R>& slab) {
 }
 
 template <class R>
-inline void add_gradient_block(Slab<R>& slab) {
+inline void add_gradient_block(Slab<R>& slab, int64_t from, int64_t to) {
   for (int k = 0; k < 4; ++k)
-    for (int64_t i = 0; i < slab.count; ++i) {
+    for (int64_t i = from; i < to; ++i) {
       slab.totals[k][i] += slab.sums[k][i];
       slab.sums[k][i] = 0;
     }
