@@ -1,7 +1,9 @@
 """How often the verdict is right: Colored Digits from unbiased to strongly biased, many draws.
 
 --classes: of neighbouring digits (of 2: 0 to 4 and 5 to 9), so that a bias is a family of colours.
---overlapping: two classes instead, which grey levels tell apart, and not always.
+--noise: on their pixels, so that many a digit cannot be told.
+--overlapping: two classes instead, which grey levels tell apart, and not always; with --rho a dot's
+colour is the shortcut, with --minority the classes are of unequal size.
 
 python benchmarks/verdict.py --work DIR --out docs/verdict --rho 0.1 0.95 --draws 12
 
@@ -24,62 +26,83 @@ from PIL import Image
 from ddb_fast.data.digits import digits
 
 
+def write_image(path: Path, pixels: np.ndarray) -> None:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)).save(path)
+
+
 def write_set(
-    root: Path, rho: float, draw: int, mislabelled: float, classes: int
+    root: Path, rho: float, draw: int, *, mislabelled: float, noise: float, classes: int
 ) -> dict[str, bool]:
     """Write the training and validation images; whether each training path is in conflict.
 
-    mislabelled: share of the images that stand in the next class's folder. classes: a divisor of
-    ten; a colour is in conflict where it is of another class's digits.
+    mislabelled: share of the images that stand in the next class's folder. noise: standard
+    deviation of what is added to every pixel, of 255. classes: a divisor of ten; a colour is in
+    conflict where it is of another class's digits.
     """
     conflicting = {}
-    strangers = np.random.default_rng(draw)
+    strangers, static = np.random.default_rng(draw), np.random.default_rng([draw, 1])
     for entry in digits(rho, draw=draw).entries:
         if entry.split == "test":
             continue
         own, colour = (number * classes // 10 for number in (entry.y, entry.a))
         y = (own + (strangers.random() < mislabelled)) % classes
         path = Path(entry.split, str(y), Path(entry.path).name)
-        if not (root / path).exists():
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(entry.pixels).save(root / path)
+        write_image(root / path, entry.pixels + static.normal(0, noise, entry.pixels.shape))
         if entry.split == "train":
             conflicting[path.as_posix()] = colour != own
     return conflicting
 
 
-def write_overlapping(root: Path, draw: int) -> dict[str, bool]:
-    """Two classes of 500 images that differ in how bright they are; none is in conflict.
+def write_overlapping(root: Path, rho: float | None, draw: int, minority: float) -> dict[str, bool]:
+    """Two classes of 1,000 images together that differ in how bright they are.
 
     Their grey levels, 110 and 145 with a standard deviation of 20 each, overlap: who knows both
-    distributions errs on 19 % of the images. A dot at a random place says nothing.
+    distributions errs on 19 % of the images of classes of equal size. A dot at a random place is
+    white and says nothing; given rho, its colour is the class's own in that share of the images and
+    in conflict in the others. minority: share of the bright ones.
     """
     generator = np.random.default_rng(draw)
     rows, columns = np.mgrid[:16, :16]
+    colours = {"bright": (255, 0, 0), "dark": (0, 0, 255)}
     conflicting = {}
-    for name, mean in (("bright", 145), ("dark", 110)):
-        for number in range(500):
+    for name, mean, share in (("bright", 145, minority), ("dark", 110, 1 - minority)):
+        other = colours["dark" if name == "bright" else "bright"]
+        for number in range(round(1000 * share)):
             image = np.full((16, 16, 3), generator.normal(mean, 20))
             row, column = generator.integers(3, 13, 2)
-            image[(rows - row) ** 2 + (columns - column) ** 2 <= 4] = 255
+            strange = rho is not None and generator.random() >= rho
+            dot = (255, 255, 255) if rho is None else other if strange else colours[name]
+            image[(rows - row) ** 2 + (columns - column) ** 2 <= 4] = dot
             image += generator.normal(0, 4, image.shape)
             path = Path("train", name, f"{number:03d}.png")
-            conflicting[path.as_posix()] = False
-            if not (root / path).exists():
-                (root / path).parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image.clip(0, 255).round().astype(np.uint8)).save(root / path)
+            conflicting[path.as_posix()] = strange
+            write_image(root / path, image)
     return conflicting
+
+
+SAID = {
+    "A bias was found": "found",
+    "There may be a bias": "may be",
+    "No bias is shown": "not shown",
+    "No bias was found": "none",
+    "Nothing can be said": "cannot tell",
+}
+"""How each verdict begins."""
 
 
 def row_of(run: Path, conflicting: dict[str, bool]) -> dict[str, Any]:
     """What the run's verdict says, and how well the images it rests on are the conflicting ones."""
     verdict = json.loads((run / "results.json").read_text("utf-8"))["verdict"]
-    _, unanimous, generator, shared = verdict["checks"]
+    _, unanimous, separable, generator, shared = verdict["checks"]
     return {
         "conflicting": sum(conflicting.values()),
         "training_images": len(conflicting),
-        "found": verdict["found"],
+        "said": next(s for start, s in SAID.items() if verdict["sentences"][0].startswith(start)),
         "unanimous": unanimous["value"],
+        "gain": separable["value"],
+        "two_standard_errors": separable["limit"],
         "excess_errors": generator["value"],
         "shared": shared["value"],
         "at_odds": verdict["suspicious"]["count"],
@@ -88,38 +111,77 @@ def row_of(run: Path, conflicting: dict[str, bool]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line for each kind of set: how many draws, in how many a bias was found, and by what."""
+    names = ("classes", "overlapping", "minority", "noise", "mislabelled", "images", "rho")
     lines = [
-        "| classes | rho | generator's images | mislabelled | in conflict | sets | bias found |"
-        " none found | cannot tell | unanimous errors |",
-        "|---" * 10 + "|",
+        "| images | classes | rho | generator's images | in conflict | sets | bias found |"
+        " may be | not shown | none found | cannot tell | unanimous errors |"
+        " gain / its standard error |",
+        "|---" * 13 + "|",
     ]
 
-    def kind(row: dict[str, Any]) -> tuple[int, bool, float, int, float]:
-        rho = row["rho"]
-        how = row["mislabelled"], -row["images"], 0.0 if rho is None else rho
-        return -row["classes"], rho is None, *how
+    def kind(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in names)
 
-    for one in sorted({kind(row) for row in rows}):
-        classes, overlapping, mislabelled, images, rho = one
+    def span(values: list[float], form: str) -> str:
+        return " to ".join(dict.fromkeys(form.format(f(values)) for f in (min, max)))
+
+    def order(one: tuple[Any, ...]) -> tuple[Any, ...]:
+        classes, overlapping, *others, images, rho = one
+        return overlapping, -classes, *others, -images, -1.0 if rho is None else rho
+
+    for one in sorted({kind(row) for row in rows}, key=order):
+        told = dict(zip(names, one, strict=True))
         of_kind = [row for row in rows if kind(row) == one]
-        shares = [r["unanimous"] for r in of_kind if r["unanimous"] is not None]
-        counts = sorted({r["conflicting"] for r in of_kind})
+        words = ["overlapping classes" if told["overlapping"] else "digits"]
+        if told["minority"] != 0.5:
+            words.append(f"{100 * told['minority']:g} % of one")
+        words += [f"noise of {told['noise']:g}"] if told["noise"] else []
+        words += [f"{100 * told['mislabelled']:g} % mislabelled"] if told["mislabelled"] else []
+        shares = [100 * r["unanimous"] for r in of_kind if r["unanimous"] is not None]
+        gains = [2 * r["gain"] / r["two_standard_errors"] for r in of_kind if r["gain"] is not None]
         cells = (
-            -classes,
-            "overlapping classes" if overlapping else f"{rho:g}",
-            f"{-images:,}",
-            f"{100 * mislabelled:g} %",
-            " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))),
+            ", ".join(words),
+            told["classes"],
+            "-" if told["rho"] is None else f"{told['rho']:g}",
+            f"{told['images']:,}",
+            span([r["conflicting"] for r in of_kind], "{:d}"),
             len(of_kind),
-            sum(r["found"] is True for r in of_kind),
-            sum(r["found"] is False for r in of_kind),
-            sum(r["found"] is None for r in of_kind),
-            " to ".join(dict.fromkeys(f"{100 * f(shares):.0f}" for f in (min, max))) + " %"
-            if shares
-            else "no error",
+            *(sum(r["said"] == said for r in of_kind) for said in SAID.values()),
+            span(shares, "{:.0f}") + " %" if shares else "no error",
+            span(gains, "{:+.1f}") if gains else "-",
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def one_set(told: dict[str, Any], work: Path, file: Path, threads: int) -> None:
+    """Make the set, run on it, and add its row to `file`."""
+    folder = work / "-".join(f"{name}{value:g}" for name, value in told.items() if value)
+    images, rho, draw = folder / "images", told["rho"], told["draw"]
+    if told["overlapping"]:
+        conflicting = write_overlapping(images, rho, draw, told["minority"])
+    else:
+        how = {name: told[name] for name in ("mislabelled", "noise", "classes")}
+        conflicting = write_set(images, rho, draw, **how)
+    fields = {
+        "data": images,
+        "data.source": "folder",
+        "data.validation_share": 0,
+        "data.test_share": 0,
+        "diffusion.images": told["images"],
+        "methods": "none",
+        "seed": draw,
+        "threads": threads,
+        "progress": "false",
+        "out": folder / "run",
+    }
+    words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "ddb_fast.cli", "run", "digits", *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    # Read again: another process may have added its rows meanwhile.
+    row = {**told, **row_of(folder / "run", conflicting)}
+    write_rows(file, [*read_rows(file), row])
+    print(json.dumps(row), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,45 +193,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=1, help="number of the first draw")
     parser.add_argument("--images", type=int, default=48_000, help="length of the generator")
     parser.add_argument("--mislabelled", type=float, default=0.0, help="share of all images")
+    parser.add_argument("--noise", type=float, default=0.0, help="on pixels, of 255")
     parser.add_argument("--classes", type=int, choices=(2, 5, 10), default=10)
     parser.add_argument("--overlapping", action="store_true", help="no digits: overlapping classes")
+    parser.add_argument("--minority", type=float, default=0.5, help="of overlapping classes")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
     file = arguments.out.with_suffix(".json")
     draws = range(arguments.first, arguments.first + arguments.draws)
-    rhos = [None] if arguments.overlapping else arguments.rho
-    for rho, draw in ((rho, draw) for draw in draws for rho in rhos):
-        told = {"rho": rho, "images": arguments.images, "mislabelled": arguments.mislabelled}
-        told |= {"draw": draw, "classes": 2 if rho is None else arguments.classes}
-        if any(told.items() <= row.items() for row in read_rows(file)):
-            continue
-        words = [f"{name}{value:g}" for name, value in told.items() if value is not None]
-        folder = arguments.work / "-".join(words)
-        if rho is None:
-            conflicting = write_overlapping(folder / "images", draw)
-        else:
-            conflicting = write_set(
-                folder / "images", rho, draw, arguments.mislabelled, arguments.classes
-            )
-        fields = {
-            "data": folder / "images",
-            "data.source": "folder",
-            "data.validation_share": 0,
-            "data.test_share": 0,
-            "diffusion.images": arguments.images,
-            "methods": "none",
-            "seed": draw,
-            "threads": arguments.threads,
-            "progress": "false",
-            "out": folder / "run",
-        }
-        words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "ddb_fast.cli", "run", "digits", *words]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        # Read again: another process may have added its rows meanwhile.
-        row = {**told, **row_of(folder / "run", conflicting)}
-        write_rows(file, [*read_rows(file), row])
-        print(json.dumps(row), flush=True)
+    overlapping = arguments.overlapping
+    if not (overlapping or arguments.rho):
+        parser.error("--rho is needed for digits")
+    for draw in draws:
+        for rho in arguments.rho or [None]:
+            told = {
+                "rho": rho,
+                **{name: getattr(arguments, name) for name in ("images", "mislabelled", "noise")},
+                "draw": draw,
+                "classes": 2 if overlapping else arguments.classes,
+                "overlapping": overlapping,
+                "minority": arguments.minority,
+            }
+            if not any(told.items() <= row.items() for row in read_rows(file)):
+                one_set(told, arguments.work, file, arguments.threads)
     print(table(read_rows(file)))
     return 0
 

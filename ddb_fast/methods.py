@@ -9,7 +9,6 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from ddb_fast.classification import (
 from ddb_fast.config import ClassifierConfig
 from ddb_fast.context import Context
 from ddb_fast.data.groups import Groups
-from ddb_fast.data.samplers import GroupBalancedSampler, ShuffledSampler
+from ddb_fast.data.samplers import GroupBalancedSampler, Lookup, ShuffledSampler
 from ddb_fast.engine import Sampler, Selection, step_seed
 from ddb_fast.metrics import (
     accuracies,
@@ -50,17 +49,6 @@ from ddb_fast.recipes import (
 from ddb_fast.scoring import Scores, logits_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Lookup:
-    """The entries of another sampler looked up in a list, in which an image may stand often."""
-
-    sampler: Sampler
-    positions: Tensor
-
-    def batch(self, step: int, batch_size: int) -> Tensor:
-        return self.positions[self.sampler.batch(step, batch_size)]
 
 
 def build_method(

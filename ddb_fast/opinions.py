@@ -1,15 +1,17 @@
-"""What is trained for the verdict: a second amplifier, and an ERM for each half of the images.
+"""What is trained for the verdict: a second amplifier, and networks on parts of the real images.
 
-All have the amplifier's network, recipe and length, and first weights of their own. What each says
-of the real training images is kept in `audit/predictions.safetensors`; `ddb_fast.verdict` judges.
+All have the amplifier's network and length, and first weights of their own. What each says of the
+real training images is kept in `audit/predictions.safetensors`; `ddb_fast.verdict` judges.
 """
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddb_fast import checkpoint
 from ddb_fast.classification import (
@@ -18,35 +20,58 @@ from ddb_fast.classification import (
     train_classifier,
 )
 from ddb_fast.context import Context
-from ddb_fast.data.samplers import ShuffledSampler
+from ddb_fast.data.samplers import Lookup, ShuffledSampler
+from ddb_fast.engine import Sampler
 from ddb_fast.recipes import ERM
 from ddb_fast.scoring import logits_of
+from ddb_fast.verdict import NONE, agreed, standing
 
-FOLDS = 2
+logger = logging.getLogger(__name__)
+
+FOLDS = 4
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Opinions:
-    """Classes predicted for the N real training images, each (N,) int64.
+    """What networks say of the N real training images, each (N,).
 
-    amplifier, again: the run's amplifier and one of other first weights and order, both trained on
-    the synthetic images; erm: trained on real images, each image judged by the one of two networks
-    that has not seen it.
+    amplifier, again: int64, classes that the run's amplifier names and one of other first weights
+    and order, both trained on the synthetic images; erm: int64, classes that networks trained on
+    real images name, each image judged by one that has not seen it. gain: fp32, by how much an
+    image at odds stands higher (`ddb_fast.verdict.standing`) with networks that saw images at odds
+    as often as the others of their class than with erm; NaN for other images.
     """
 
     amplifier: Tensor
     again: Tensor
     erm: Tensor
+    gain: Tensor
 
 
 def folds(y: Tensor, seed: int) -> Tensor:
-    """Halves of the training images, (N,) int64 of 0 and 1, every class dealt out evenly."""
-    half = torch.zeros_like(y)
+    """Parts of the training images, (N,) int64 of 0..FOLDS-1, every class dealt out evenly."""
     rank = torch.from_numpy(np.random.Philox(key=seed).random_raw(len(y)).astype(np.float64))
+    shuffled = rank.argsort(stable=True)
+    fold = torch.empty_like(y)
+    fold[shuffled[y[shuffled].argsort(stable=True)]] = torch.arange(len(y)) % FOLDS
+    return fold
+
+
+def halves(odd: Tensor, y: Tensor) -> Tensor:
+    """Positions, (2 N,) int64: of a class of n images, n at odds and n of its others.
+
+    odd: (N,) bool, y: (N,). So the classes are as frequent as before, and an image at odds is met
+    as often as the others of its class together divided by those at odds. A class that has only
+    one kind has that twice.
+    """
+    positions = []
     for label in y.unique():
-        members = (y == label).nonzero()[:, 0]
-        half[members[rank[members].argsort(stable=True)][1::FOLDS]] = 1
-    return half
+        members = y == label
+        count = int(members.sum())
+        for kind in (members & odd, members & ~odd):
+            found = (kind if kind.any() else members).nonzero()[:, 0]
+            positions.append(found.repeat(-(-count // len(found)))[:count])
+    return torch.cat(positions)
 
 
 def gather_opinions(
@@ -57,52 +82,91 @@ def gather_opinions(
     synthetic, amplifier: the run's. parts: where each network's answers are kept meanwhile.
     """
     config, accelerator, data = context.config, context.accelerator, context.data
-    train, classes = data.splits["train"], len(data.classes)
+    train, classes, y = data.splits["train"], len(data.classes), data.splits["train"].y
 
-    def answers(network: torch.nn.Module) -> Tensor:
-        return logits_of(
-            network, train.small, config.amplifier, device=context.device, crop=False
-        ).argmax(1)
-
-    def opinion(name: str, images: Tensor, y: Tensor, seed: int) -> Tensor:
-        kept = parts / f"{name}.safetensors"
+    def kept(name: str, asked: Callable[[], nn.Module], rows: Tensor) -> Tensor:
+        """The logits of training images `rows`; every process reads what one of them wrote."""
+        path = parts / f"{name}.safetensors"
         accelerator.wait_for_everyone()
-        if not kept.exists():
-            network = first_network(config.amplifier, classes, seed=seed)
-            train_classifier(
-                context,
-                network,
-                config.amplifier,
-                images,
-                y,
-                whole=True,
-                recipe=ERM(),
-                sampler=ShuffledSampler(len(y), seed=seed),
-                stage=f"verdict, {name}",
-                seed=seed,
-                resume=parts / f"{name}.checkpoint.safetensors",
-            )
+        if not path.exists():
+            network = asked()
             if accelerator.is_main_process:
-                checkpoint.save_tensors(kept, {"predicted": answers(network)}, {})
+                logits = logits_of(
+                    network,
+                    train.small,
+                    config.amplifier,
+                    device=context.device,
+                    crop=False,
+                    rows=rows,
+                )
+                checkpoint.save_tensors(path, {"logits": logits}, {})
             accelerator.wait_for_everyone()
-        return checkpoint.load_tensors(kept)[0]["predicted"]
+        return checkpoint.load_tensors(path)[0]["logits"]
 
-    network, _, _ = load_classifier(amplifier / "model.safetensors")
-    said = {"amplifier": answers(network.to(context.device))}
-    tensors, _ = checkpoint.load_tensors(synthetic / "images.safetensors")
-    images = tensors["images"].permute(0, 2, 3, 1).contiguous()
-    # The amplifier's own seed is the run's. Networks from the same first weights agree more often.
-    said["again"] = opinion("again", images, tensors["labels"], config.seed + 1)
-    half, said["erm"] = folds(train.y, config.seed), torch.empty_like(train.y)
-    for part in range(FOLDS):
-        own = (half != part).nonzero()[:, 0]
+    def trained(name: str, images: Tensor, y: Tensor, sampler: Sampler, seed: int) -> nn.Module:
+        network = first_network(config.amplifier, classes, seed=seed)
+        train_classifier(
+            context,
+            network,
+            config.amplifier,
+            images,
+            y,
+            whole=True,
+            recipe=ERM(),
+            sampler=sampler,
+            stage=f"verdict, {name}",
+            seed=seed,
+            resume=parts / f"{name}.checkpoint.safetensors",
+        )
+        return network
+
+    def the_amplifier() -> nn.Module:
+        return load_classifier(amplifier / "model.safetensors")[0].to(context.device)
+
+    def another() -> nn.Module:
+        tensors, _ = checkpoint.load_tensors(synthetic / "images.safetensors")
+        images, labels = tensors["images"].permute(0, 2, 3, 1).contiguous(), tensors["labels"]
+        # The amplifier's own seed is the run's. Networks from the same first weights agree more.
+        seed = config.seed + 1
+        return trained("again", images, labels, ShuffledSampler(len(labels), seed=seed), seed)
+
+    def judged(name: str, positions: Tensor, seed: int, rows: Tensor) -> Tensor:
+        sampler = Lookup(ShuffledSampler(len(positions), seed=seed), positions)
+        return kept(name, lambda: trained(name, train.small, y, sampler, seed), rows)
+
+    everything = torch.arange(len(y))
+    said = {
+        "amplifier": kept("amplifier", the_amplifier, everything).argmax(1),
+        "again": kept("again", another, everything).argmax(1),
+        "erm": torch.empty_like(y),
+        "gain": torch.full(y.shape, torch.nan),
+    }
+    taken = agreed(said["amplifier"], said["again"])
+    odd = (taken != NONE) & (taken != y)
+    fold = folds(y, config.seed)
+    for part in fold.unique().tolist():
+        rows, others = (fold == part).nonzero()[:, 0], (fold != part).nonzero()[:, 0]
         seed = config.seed + 2 + part
-        judged = opinion(f"erm half {part}", train.small[own], train.y[own], seed)
-        said["erm"] = torch.where(half == part, judged, said["erm"])
+        erm = judged(f"erm {part}", others, seed, rows)
+        said["erm"][rows] = erm.argmax(1)
+        if not odd[rows].any():
+            continue
+        # From the same first weights: what differs is how often images at odds are met.
+        positions = others[halves(odd[others], y[others])]
+        rebalanced = judged(f"rebalanced {part}", positions, seed, rows)
+        stand = [standing(logits, y[rows], taken[rows]) for logits in (rebalanced, erm)]
+        said["gain"][rows] = (stand[0] - stand[1]).float()
     if accelerator.is_main_process:
         checkpoint.save_tensors(folder / "predictions.safetensors", said, {})
 
 
-def read_opinions(folder: Path) -> Opinions:
-    """What `gather_opinions` wrote."""
-    return Opinions(**checkpoint.load_tensors(folder / "predictions.safetensors")[0])
+def read_opinions(folder: Path) -> Opinions | None:
+    """What `gather_opinions` wrote; None, and a warning, where an older version did."""
+    path = folder / "predictions.safetensors"
+    said, _ = checkpoint.load_tensors(path)
+    if "gain" not in said:
+        logger.warning(
+            "%s: of an older version, no verdict; a run with another --out has one", path
+        )
+        return None
+    return Opinions(**said)

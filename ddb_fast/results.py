@@ -95,8 +95,8 @@ def _memorisation(path: Path) -> dict[str, Any] | None:
 def _verdict(folder: Path, data: ImageData) -> dict[str, Any] | None:
     if not (folder / "predictions.safetensors").exists():
         return None
-    y = data.splits["train"].y
-    return as_data(judge(y, **vars(read_opinions(folder))), y, data.classes)
+    y, opinions = data.splits["train"].y, read_opinions(folder)
+    return None if opinions is None else as_data(judge(y, **vars(opinions)), y, data.classes)
 
 
 def _amplifier(scores: Scores, data: ImageData) -> dict[str, Any]:

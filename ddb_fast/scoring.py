@@ -56,16 +56,19 @@ def logits_of(
     *,
     device: torch.device,
     crop: bool,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Logits (N, K) fp32 on the CPU of uint8 NHWC images, in eval mode without augmentation.
 
-    crop: centre crop (target classifiers, from `large`); otherwise a plain resize (the amplifier,
-    whose real images come from `small`, squashed or padded to the size of the synthetic ones).
+    rows: (N,) int64, of which images; all without it. crop: centre crop (target classifiers, from
+    `large`); otherwise a plain resize (the amplifier, whose real images come from `small`, squashed
+    or padded to the size of the synthetic ones).
     """
     network.eval()
     view = centre if crop else amplifier_view
     answers = []
-    for index in torch.arange(len(images)).split(EVALUATION_BATCH):
+    rows = torch.arange(len(images)) if rows is None else rows
+    for index in rows.split(EVALUATION_BATCH):
         pixels = view(gather(images, index, device), config.image_size)
         answers.append(network(normalise(pixels, config.pixel_norm)).float().cpu())
     return torch.cat(answers)

@@ -3,13 +3,17 @@
 An amplifier is wrong on some real images in any case, for its generator is not perfect. Those
 errors differ from network to network, and a network trained on the real images makes few of them.
 Errors that a shortcut makes are the same for every network that learnt it. So are those on images
-whose class nobody can tell, and on mislabelled ones: what is found has to be looked at.
+whose class nobody can tell, and on mislabelled ones. But what breaks a shortcut shows its class
+otherwise, so a network that meets such images more often learns to tell it; where nothing tells
+the class, the best guess stays what it was, and a network that meets the exceptions more often can
+only come to order images worse.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddb_fast.metrics import wilson_interval
@@ -18,9 +22,14 @@ UNANIMOUS = 0.4
 """Without a bias up to a seventh of an amplifier's errors are unanimous (docs/verdict.md)."""
 FEWEST = 5
 """Unanimous errors that make a bias: a handful is as likely to be mislabelled."""
+GAIN = 2.0
+"""Standard errors above 0 of what images at odds gain by being met more often; without a bias the
+gain is negative, or next to nothing."""
 SHARED = 0.5
 """Share of the ERM's errors that both amplifiers make too, above which no set is called unbiased:
 up to .42 on unbiased digits (docs/verdict.md), while networks that learnt a shortcut err alike."""
+NONE = -1
+"""In place of a class: the amplifiers name different ones."""
 POOR = 0.2
 """By how much more often an amplifier may err on real images than the ERM, before the generator
 says too little of them to call a set unbiased; half of what the ERM learnt, where that is less."""
@@ -49,19 +58,51 @@ class Verdict:
     checks: tuple[Check, ...]
 
 
-def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdict:
-    """Judge whether what the amplifiers get wrong is a bias; all (N,) int64 classes.
+def agreed(amplifier: Tensor, again: Tensor) -> Tensor:
+    """The class that both amplifiers name, NONE where they differ; all (N,) int64."""
+    return torch.where(amplifier == again, amplifier, NONE)
 
-    amplifier, again: what two networks predict that were trained on the synthetic images from other
-    first weights; erm: networks of the same kind trained on real images, each asked of images that
-    it has not seen.
+
+def standing(logits: Tensor, y: Tensor, taken: Tensor) -> Tensor:
+    """How far up each image at odds stands among those it looks like: (N,) fp64, NaN for others.
+
+    logits: (N, K) of one network. y: (N,) classes. taken: (N,), from `agreed`; an image is at odds
+    if another class than its own is there, and typical if its own is. The standing of one of class
+    y taken for class t is the share of the typical images of t whose log-odds of y against t are
+    lower, ties by half: the area under the ROC curve that this image contributes. NaN also where no
+    image is typical of t.
+    """
+    result = torch.full(y.shape, torch.nan, dtype=torch.float64)
+    odd = (taken != NONE) & (taken != y)
+    for own, other in torch.stack((y, taken), 1)[odd].unique(dim=0).tolist():
+        rows = odd & (y == own) & (taken == other)
+        typical = (y == other) & (taken == other)
+        margin = logits[:, own].double() - logits[:, other].double()
+        compared = margin[typical].sort().values
+        if len(compared):
+            asked = margin[rows]
+            below = torch.searchsorted(compared, asked)
+            above = torch.searchsorted(compared, asked, right=True)
+            result[rows] = (below + above).double() / (2 * len(compared))
+    return result
+
+
+def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor, gain: Tensor) -> Verdict:
+    """Judge whether what the amplifiers get wrong is a bias; all (N,).
+
+    amplifier, again: int64 classes that two networks predict which were trained on the synthetic
+    images from other first weights; erm: networks of the same kind trained on real images, each
+    asked of images that it has not seen. gain: by how much higher an image at odds stands
+    (`standing`) with networks which met images at odds as often as the others of their class than
+    with erm; NaN for others.
 
     Nothing can be said unless the ERM learnt something: the upper 95 % Wilson bound of its errors
     is below what naming the largest class each time would give. A bias is found if, of the images
     that an amplifier gets wrong, the share for which both and the ERM name the same wrong class has
     a lower bound above .4, they are at least five, those on which the amplifiers agree are a
-    minority, and neither amplifier names about the same class each time (the mean over the classes
-    of its recall's lower bound is above 1 / classes). To say that there is none takes a generator
+    minority, neither amplifier names about the same class each time (the mean over the classes of
+    its recall's lower bound is above 1 / classes), and the mean gain is more than two of its
+    standard errors above 0. To say that there is none takes unanimity to be missed, a generator
     whose worse amplifier errs on at most a fifth of the images more than the ERM, and is nearer to
     it than to naming the largest class each time (amplifiers that guess say nothing, however little
     the ERM learnt), and an ERM most of whose errors may be its own: the lower bound of the share
@@ -69,9 +110,10 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdic
 
     ValueError for other shapes.
     """
-    for name, classes in {"amplifier": amplifier, "again": again, "erm": erm}.items():
-        if classes.shape != y.shape or y.ndim != 1:
-            raise ValueError(f"{name} {tuple(classes.shape)} for y {tuple(y.shape)}: not (N,)")
+    said = {"amplifier": amplifier, "again": again, "erm": erm, "gain": gain}
+    for name, values in said.items():
+        if values.shape != y.shape or y.ndim != 1:
+            raise ValueError(f"{name} {tuple(values.shape)} for y {tuple(y.shape)}: not (N,)")
     wrong, wrong_again = amplifier != y, again != y
     at_odds = wrong & (amplifier == again)
     errors = (wrong | wrong_again).sum().item()
@@ -79,6 +121,10 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdic
     erm_errors, guessed = (erm != y).sum().item(), (y != y.mode().values).sum().item()
     excess = (max(wrong.sum().item(), wrong_again.sum().item()) - erm_errors) / len(y)
     poor = min(POOR, max(0, guessed - erm_errors) / len(y) / 2)
+    gains = gain[~gain.isnan()].double()
+    mean, limit = None, 0.0
+    if len(gains) >= FEWEST:
+        mean, limit = gains.mean().item(), GAIN * (gains.std() / len(gains) ** 0.5).item()
     checks = (
         Check(
             name="learnt",
@@ -101,6 +147,14 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdic
             and 2 * at_odds.sum().item() < len(y),
         ),
         Check(
+            name="separable",
+            question="Does anything else tell their class: how much better are images at odds told "
+            "from those they look like by networks that met them as often as the others?",
+            value=mean,
+            limit=limit,
+            passed=mean is not None and mean > limit,
+        ),
+        Check(
             name="generator",
             question="Is the generator good enough to say that there is none: how much more often "
             "do networks err that learnt from its images?",
@@ -117,10 +171,10 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor) -> Verdic
             passed=unanimous < FEWEST or wilson_interval(unanimous, erm_errors)[0] <= SHARED,
         ),
     )
-    learnt, unanimity, generator, shared = checks
+    learnt, unanimity, separable, generator, shared = checks
     found = None
     if learnt.passed and unanimity.passed:
-        found = True
+        found = True if separable.passed else None
     elif learnt.passed and generator.passed and shared.passed:
         found = False
     return Verdict(found=found, at_odds=at_odds, checks=checks)
@@ -137,7 +191,7 @@ def _tells_classes_apart(y: Tensor, predicted: Tensor) -> bool:
 def sentences(verdict: Verdict, count: int) -> list[str]:
     """The verdict on `count` training images, for a reader who is no expert."""
     odd = int(verdict.at_odds.sum())
-    learnt, unanimous, generator, shared = verdict.checks
+    learnt, unanimous, separable, generator, shared = verdict.checks
     share = 100 * (unanimous.value or 0.0)
     if not learnt.passed:
         return [
@@ -146,6 +200,36 @@ def sentences(verdict: Verdict, count: int) -> list[str]:
             "and who names the most frequent class each time errs on "
             f"{100 * learnt.limit:.0f} %.",
             "Train longer (--amplifier.images, --diffusion.images), or give it more images.",
+        ]
+    odds = f"{odd} of {count} training images ({100 * odd / count:.1f} %) are at odds with "
+    odds += "what most images of their class look like."
+    agree = (
+        "Two networks that learnt from generated images alone take them for the same other class. "
+        f"On {share:.0f} % of all images that either gets wrong, a network trained on the real "
+        "images makes the same mistake as both."
+    )
+    if verdict.found:
+        return [
+            f"A bias was found: {odds}",
+            agree,
+            "They are told from that class the better the more often a network meets them, so "
+            "something else shows what they are. Some may be mislabelled all the same: look at "
+            "them.",
+        ]
+    if unanimous.passed and separable.value is not None and separable.value <= 0:
+        return [
+            f"No bias is shown, though {odds}",
+            agree,
+            "But a network that meets them more often tells them from that class no better: as "
+            "where labels are wrong, or where nothing tells the classes apart. Look at them.",
+        ]
+    if unanimous.passed:
+        return [
+            f"There may be a bias: {odds}",
+            agree,
+            "Whether a network that meets them more often tells them from that class better is not "
+            "certain: they may be too few, or mislabelled, or of classes that nothing tells apart. "
+            "Look at them.",
         ]
     if verdict.found is None and generator.passed:
         return [
@@ -164,21 +248,11 @@ def sentences(verdict: Verdict, count: int) -> list[str]:
             "the images on which they err tell nothing.",
             "Train it longer (--diffusion.images), or give it more images.",
         ]
-    if not verdict.found:
-        return [
-            f"No bias was found among {count} training images.",
-            "Networks that learnt from generated images alone err on some real ones, but on only "
-            f"{share:.0f} % of these do they and a network trained on the real images agree.",
-            "A shortcut that only a few images break, or none, leaves too little to be found.",
-        ]
     return [
-        f"A bias was found: {odd} of {count} training images ({100 * odd / count:.1f} %) are at "
-        "odds with what most images of their class look like.",
-        "Two networks that learnt from generated images alone take them for the same other class. "
-        f"On {share:.0f} % of all images that either gets wrong, a network trained on the real "
-        "images makes the same mistake as both.",
-        "Wrong labels look the same, and so do classes that cannot be told apart in some images: "
-        "look at them before you act.",
+        f"No bias was found among {count} training images.",
+        "Networks that learnt from generated images alone err on some real ones, but on only "
+        f"{share:.0f} % of these do they and a network trained on the real images agree.",
+        "A shortcut that only a few images break, or none, leaves too little to be found.",
     ]
 
 

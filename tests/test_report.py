@@ -355,12 +355,8 @@ def test_the_checks_are_a_table_where_there_is_a_verdict(tmp_path, hostile):
     rows = Page(section).all("tr")
     assert rows[1]["text"] == "same Is <i>it</i>? 0.75 0.4 yes"
     assert rows[2]["text"] == "none ? - - no"
-    assert "7 training images (11.7 %)" in section and "A bias was found." in section
+    assert "7 training images (11.7 %)" in section
     config, data = planted(tmp_path)
-    words = {False: "No bias was found.", None: "Nothing can be said about a bias."}
-    for found, said in words.items():
-        verdict = hostile[3]["verdict"] | {"found": found, "checks": []}
-        assert said in written(tmp_path, config, data, results_of(verdict=verdict))[0]
     for results in (results_of(), results_of(verdict=None)):
         _, page = written(tmp_path, config, data, results)
         assert page.all("section", id="checks") == page.all("section", id="copies") == []

@@ -134,7 +134,7 @@ def test_what_is_said_of_amplifiers_generator_and_bias(tmp_path):
     made = {"images": torch.zeros(5, 3, 2, 2), "labels": torch.tensor([0, 0, 1, 1, 1])}
     save_tensors(tmp_path / "synthetic" / "images.safetensors", made, {})
     erm, again = torch.tensor([[0, 0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 1, 1, 0]])
-    said = {"amplifier": predicted, "again": again, "erm": erm}
+    said = {"amplifier": predicted, "again": again, "erm": erm, "gain": torch.full((7,), torch.nan)}
     save_tensors(tmp_path / "audit" / "predictions.safetensors", said, {})
     (tmp_path / "memorisation.json").write_text('{"excess": false}')
 
@@ -165,7 +165,8 @@ def test_what_is_said_of_amplifiers_generator_and_bias(tmp_path):
     # one error that both make.
     assert results["verdict"]["suspicious"]["count"] == 2
     values = [check["value"] for check in results["verdict"]["checks"]]
-    assert values == pytest.approx([1 / 7, 1 / 5, 3 / 7, 1])
+    assert values[2] is None, "too few at odds"
+    assert values[:2] + values[3:] == pytest.approx([1 / 7, 1 / 5, 3 / 7, 1])
     assert results["memorisation"] == {"excess": False}
     assert results["seconds"] == {"s": 1.5} and results["methods"] == {}
     blind = collect_results(tmp_path, config, replace(data, biases=None), scores, {})

@@ -97,6 +97,18 @@ class GroupBalancedSampler:
         return torch.from_numpy(self._order[self._starts[group] + member])
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """Entries of a sampler looked up in a list of images, in which one may stand often."""
+
+    sampler: ShuffledSampler
+    positions: Tensor
+
+    def batch(self, step: int, batch_size: int) -> Tensor:
+        """Return positions of images, (batch_size,) int64."""
+        return self.positions[self.sampler.batch(step, batch_size)]
+
+
 @dataclass
 class DataLoaderBatches:
     """A sampler of this module as the `batch_sampler` of a torch DataLoader.
