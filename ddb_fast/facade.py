@@ -91,7 +91,7 @@ def load_data(
     validation_share: float | None = None,
     test_share: float | None = None,
 ) -> Data:
-    """List the images of a folder, a CSV or a published set; `digits` is embedded.
+    """List the images of a folder, a CSV or a published set; the word "digits" is the embedded one.
 
     source: what lies at `path`, as `ddb-fast data --as` has it; a folder or a CSV without it. rho:
     share of aligned images, where there is a choice. validation_share, test_share: what is held
@@ -101,7 +101,9 @@ def load_data(
         raise ValueError(
             f"load_data takes the path of a folder or a CSV; got {type(path).__name__}"
         )
-    config = data_config(DataConfig(), str(path), source, rho)
+    # Only the word is the embedded set: a Path names what lies there.
+    path = str(path.absolute()) if isinstance(path, Path) else path
+    config = data_config(DataConfig(), path, source, rho)
     if config.path is not None:  # the process may change its folder before the images are read
         config = replace(config, path=str(Path(config.path).absolute()))
     shares = {"data.validation_share": validation_share, "data.test_share": test_share}

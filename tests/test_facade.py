@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,6 +190,15 @@ def test_a_process_may_change_its_folder(folder, asked, monkeypatch):
     monkeypatch.chdir(folder.parent / "other")
     ddb_fast.fit_amplifier(data, out="out")
     assert [config.data.path for config in asked[0]] == [str(folder)] * 2
+
+
+def test_only_the_word_digits_is_the_embedded_set(folder, monkeypatch):
+    named = folder.rename(folder.parent / "digits")
+    monkeypatch.chdir(named.parent)
+    for path in (Path("digits"), Path("./digits"), "./digits"):
+        data = ddb_fast.load_data(path)
+        assert (data.config.path, data.classes) == (str(named), ("disc", "square"))
+    assert ddb_fast.load_data("digits").config.source == "digits"
 
 
 def test_what_is_no_path_and_no_fields_is_refused(folder):
