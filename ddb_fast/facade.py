@@ -23,7 +23,7 @@ from ddb_fast.presets import load_config
 from ddb_fast.pretrained import BiasAmplifier, Classifier
 from ddb_fast.provenance import FinishedRun
 from ddb_fast.scoring import ScoreTable
-from ddb_fast.train import run
+from ddb_fast.train import own_device, run
 from ddb_fast.use_run import data_config
 
 
@@ -199,7 +199,7 @@ def fit_amplifier(
     """
     config = _configured(data, preset, out, fields, methods="none")
     run(config)
-    return Amplifier(FinishedRun.open(Path(config.out).absolute()), _device())
+    return Amplifier(FinishedRun.open(Path(config.out).absolute()), own_device())
 
 
 def debias(
@@ -238,7 +238,3 @@ def debias(
         except ValueError as error:  # nobody has seen that file
             raise ValueError(str(error).replace(str(given), "scores")) from error
     return Classifier.from_run(out, method=method)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # the launcher puts this file's folder first; our modules are not its
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
@@ -20,6 +21,17 @@ from ddb_fast.arguments import parse_run
 from ddb_fast.config import RunConfig
 from ddb_fast.fields import to_json
 from ddb_fast.streams import printing
+
+if TYPE_CHECKING:
+    import torch
+
+
+def own_device() -> "torch.device":
+    """The GPU where there is one, unless accelerate is told to leave it (ACCELERATE_USE_CPU)."""
+    import torch
+
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "0") not in ("0", "false")
+    return torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
 
 
 def choose_precision(asked: str, *, exported: str | None, cuda: bool) -> tuple[str, str]:
@@ -105,14 +117,13 @@ def _apart() -> Iterator[None]:
 @_apart()
 def run(config: RunConfig, *, profile: bool = False) -> None:
     """Build the Accelerator and run the pipeline; `profile`: then show where its time goes."""
-    import torch
     from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
     from accelerate.tracking import get_available_trackers
 
     from ddb_fast.pipeline import run_pipeline
 
     exported = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "0") in ("0", "false")
+    cuda = own_device().type == "cuda"
     precision, reason = choose_precision(config.precision, exported=exported, cuda=cuda)
     # Results depend on what was chosen, not on having left the choice open.
     config = replace(config, precision={"no": "fp32"}.get(precision, precision))

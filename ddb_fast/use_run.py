@@ -6,7 +6,6 @@ Heavy imports wait until the arguments are understood, so that `--help` is there
 import argparse
 import json
 import logging
-import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from ddb_fast.comparison_tables import group_tables, tables_of
 from ddb_fast.config import CONTROLS, DataConfig, RunConfig
 from ddb_fast.presets import PRESETS
 from ddb_fast.tabular import as_markdown
-from ddb_fast.train import set_threads
+from ddb_fast.train import own_device, set_threads
 
 if TYPE_CHECKING:
     import torch
@@ -101,12 +100,9 @@ def _add_data(parser: OneLineParser) -> None:
 
 def _prepare(config: RunConfig | None) -> "torch.device":
     """Log to stderr, take threads and device as a run of this configuration does."""
-    import torch
-
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     set_threads(None if config is None else config.threads)
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "0") not in ("0", "false")
-    return torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
+    return own_device()
 
 
 def score(argv: Sequence[str], *, prog: str = "ddb-fast score") -> int:

@@ -201,6 +201,14 @@ def test_only_the_word_digits_is_the_embedded_set(folder, monkeypatch):
     assert ddb_fast.load_data("digits").config.source == "digits"
 
 
+def test_the_device_is_the_one_that_the_run_takes(folder, asked, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    data = ddb_fast.load_data(folder)
+    for exported, device in (("1", "cpu"), ("true", "cpu"), ("0", "cuda"), ("false", "cuda")):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", exported)
+        assert ddb_fast.fit_amplifier(data).device == torch.device(device)
+
+
 def test_what_is_no_path_and_no_fields_is_refused(folder):
     for wrong in (np.zeros((4, 8, 8, 3)), ["a.png"], None):
         with pytest.raises(ValueError, match="load_data takes the path of a folder or a CSV; got"):
