@@ -25,8 +25,10 @@ def check_feasible(config: RunConfig, *, num_classes: int, world: int) -> None:
     if config.amplifies or CONTROLS.intersection(config.methods):
         parts["amplifier"] = config.amplifier
     if config.amplifies and config.sampling.load is None:
-        with torch.device("meta"):
-            build_unet(config.diffusion, num_classes)
+        size = config.diffusion.image_size
+        with torch.device("meta"), torch.no_grad():
+            unet, one = build_unet(config.diffusion, num_classes), torch.zeros(1).long()
+            unet(torch.empty(1, 3, size, size), one, one)  # sides and heads are refused in a pass
         if config.sampling.sampler != "ddpm-authors":
             timesteps(config.diffusion.timesteps, config.sampling.steps)
         if config.diffusion.load is None:

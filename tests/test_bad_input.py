@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import resource
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ddb_fast.config import with_fields
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.store import ImageData, Split
 from ddb_fast.feasible import check_labels
+from ddb_fast.generator import build_unet, save_diffusion
 from ddb_fast.presets import PRESETS
 from ddb_fast.run_folder import lock_folder
 from ddb_fast.train import main
@@ -346,6 +348,8 @@ def test_processes_that_do_not_see_the_same_manifest(capsys, tmp_path, monkeypat
         ("--classifier.weights absent.safetensors", "absent.safetensors"),
         ("--sampling.steps 2000", "2000"),
         ("--diffusion.unet.norm_groups 7", "norm_groups 7"),
+        ("--diffusion.image_size 15", "sides must be multiples of 2"),
+        ("--diffusion.unet.channels 256 --diffusion.unet.head_channels none", "head dimension"),
         ("--classifier.batch_size 10 --classifier.accumulate 4", "classifier.batch_size 10"),
         ("--tracker wandb", "wandb"),
     ],
@@ -356,6 +360,16 @@ def test_what_would_fail_hours_later_is_refused_at_once(capsys, tmp_path, words,
     out = tmp_path / "out"
     assert told in refused(capsys, *small.arguments(out), *words.split())
     assert not out.exists()
+
+
+def test_a_generator_that_cannot_run_is_refused_at_once(capsys, tmp_path):
+    config = PRESETS["digits"]().diffusion
+    config = replace(config, image_size=15, unet=replace(config.unet, channels=16))
+    weights = build_unet(config, 10).state_dict()
+    save_diffusion(tmp_path / "diffusion", weights, config, tuple(map(str, range(10))))
+    words = small.arguments(tmp_path / "out", generator=tmp_path / "diffusion")
+    assert "images of 15x15 pixels" in refused(capsys, *words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_synthetic_images_of_other_classes(capsys, tmp_path):
