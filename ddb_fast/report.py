@@ -253,20 +253,24 @@ def _groups(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """(images, loss) of each stage in `log.jsonl`; of a step that was repeated, the last."""
-    stages: dict[str, dict[float, float]] = {}
+    """(images, loss) of each stage in `log.jsonl`, of its last attempt where there were several."""
+    stages: dict[str, list[tuple[float, float]]] = {}
     damaged = 0
     text = path.read_text("utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():
         try:
             row = json.loads(line)
             if "loss" in row:
-                stages.setdefault(row["stage"], {})[row["images"]] = row["loss"]
+                points = stages.setdefault(row["stage"], [])
+                # An attempt that was given up had come further, or was continued from before.
+                while points and points[-1][0] >= row["images"]:
+                    points.pop()
+                points.append((row["images"], row["loss"]))
         except (ValueError, TypeError, KeyError):
             damaged += 1
     if damaged:
         logger.warning("%s: %d lines are cut off or no records, left out", path, damaged)
-    return {stage: sorted(points.items()) for stage, points in stages.items()}
+    return stages
 
 
 def _log_name(stage: str) -> str:

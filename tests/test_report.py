@@ -459,6 +459,23 @@ def test_stages_have_the_images_a_second_that_the_log_gives(tmp_path, caplog):
     assert report._read_log(tmp_path / "log.jsonl")["erm seed 0"] == [(640, 0.25)]
 
 
+def test_an_abandoned_attempt_leaves_no_points(tmp_path):
+    """`erm` diverged and was begun again, shorter; `lff` went on from its checkpoint."""
+    attempts = {
+        "erm": [(64, 1.0), (128, 9.0), (192, 99.0), (32, 0.5), (96, 0.4)],
+        "lff": [(64, 1.0), (128, 0.9), (128, 0.8), (192, 0.7)],
+    }
+    with (tmp_path / "log.jsonl").open("w") as file:
+        for stage, points in attempts.items():
+            for images, loss in points:
+                row = {"time": 1, "stage": stage, "images": images, "loss": loss}
+                print(json.dumps(row), file=file)
+    assert report._read_log(tmp_path / "log.jsonl") == {
+        "erm": [(32, 0.5), (96, 0.4)],
+        "lff": [(64, 1.0), (128, 0.8), (192, 0.7)],
+    }
+
+
 def test_the_stages_of_the_manifest_have_the_logs_names():
     names = {
         "diffusion": "diffusion", "real-amplifier": "real amplifier", "erm/seed0": "erm seed 0",
