@@ -26,6 +26,7 @@ from ddb_fast.data.store import ImageData
 from ddb_fast.fields import flatten
 from ddb_fast.scoring import Scores, read_scores
 from ddb_fast.tabular import COLUMNS, caveats, percent, shown_metrics
+from ddb_fast.trackers import read_log
 
 logger = logging.getLogger(__name__)
 
@@ -252,27 +253,6 @@ def _groups(results: dict[str, Any]) -> list[dict[str, Any]]:
 # --- how it went -------------------------------------------------------------------------------
 
 
-def _read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """(images, loss) of each stage in `log.jsonl`, of its last attempt where there were several."""
-    stages: dict[str, list[tuple[float, float]]] = {}
-    damaged = 0
-    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-            if "loss" in row:
-                points = stages.setdefault(row["stage"], [])
-                # An attempt that was given up had come further, or was continued from before.
-                while points and points[-1][0] >= row["images"]:
-                    points.pop()
-                points.append((row["images"], row["loss"]))
-        except (ValueError, TypeError, KeyError):
-            damaged += 1
-    if damaged:
-        logger.warning("%s: %d lines are cut off or no records, left out", path, damaged)
-    return stages
-
-
 def _log_name(stage: str) -> str:
     """What `log.jsonl` calls a stage of the manifest."""
     if stage == "real-amplifier":
@@ -352,7 +332,7 @@ def write(folder: Path, config: RunConfig, data: ImageData, results: dict[str, A
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    table, log = folder / "amplifier" / "scores.csv", _read_log(folder / "log.jsonl")
+    table, log = folder / "amplifier" / "scores.csv", read_log(folder / "log.jsonl")
     scores, classes, rows, counts, confused = None, [], [], None, []
     if table.exists():
         scores = read_scores(table)

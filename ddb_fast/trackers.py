@@ -4,17 +4,40 @@ Losses stay on the device and are drained every few seconds: reading one each st
 """
 
 import json
+import logging
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+logger = logging.getLogger(__name__)
+
 _DRAIN = 5.0
 """Seconds between two readings of the loss."""
+
+
+def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """(images, loss) of each stage in `log.jsonl`, of its last attempt where there were several."""
+    stages: dict[str, list[tuple[float, float]]] = {}
+    damaged = 0
+    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+            if "loss" in row:
+                points = stages.setdefault(row["stage"], [])
+                # An attempt that was given up had come further, or was continued from before.
+                while points and points[-1][0] >= row["images"]:
+                    points.pop()
+                points.append((row["images"], row["loss"]))
+        except (ValueError, TypeError, KeyError):
+            damaged += 1
+    if damaged:
+        logger.warning("%s: %d lines are cut off or no records, left out", path, damaged)
+    return stages
 
 
 class RunLog:
@@ -24,20 +47,29 @@ class RunLog:
         self._accelerator = accelerator
         self._path = path if accelerator.is_main_process else None
         self._mirror = mirror
+        earlier = read_log(self._path) if mirror and self._path is not None else {}
+        self._earlier = {stage: points[-1][0] for stage, points in earlier.items() if points}
+        self._stage: str | None = None
+        self._before = self._step = 0
 
-    def write(self, stage: str, *, step: int | None = None, **values: Any) -> None:
-        """Record values of a stage; numbers also go to the tracker as `stage/name`."""
+    def write(self, stage: str, *, images: int, loss: float) -> None:
+        """Record the loss after so many images of a stage; the tracker's are `stage/loss`, ...
+
+        A tracker's step is the images of all stages up to there, of finished ones too: wandb leaves
+        out what does not come after its last step.
+        """
         if self._path is not None:
-            row = {"time": round(time.time(), 3), "stage": stage, **values}
+            row = {"time": round(time.time(), 3), "stage": stage, "images": images, "loss": loss}
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if self._mirror:
-            numbers = {
-                f"{stage}/{name}": value
-                for name, value in values.items()
-                if isinstance(value, int | float)
-            }
-            self._accelerator.log(numbers, step=step)
+            if stage != self._stage:
+                # At first, what earlier processes showed in stages other than this one.
+                others = sum(n for name, n in self._earlier.items() if name != stage)
+                self._stage, self._before = stage, self._step or others
+            self._step = self._before + images
+            numbers = {f"{stage}/images": images, f"{stage}/loss": loss}
+            self._accelerator.log(numbers, step=self._step)
 
 
 class Progress:
@@ -91,7 +123,7 @@ class Progress:
                     "a lower learning rate or `--precision fp32`, under another --out, may help"
                 )
             self._bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
-            self._log.write(self._stage, step=self._images, images=self._images, loss=mean)
+            self._log.write(self._stage, images=self._images, loss=mean)
         self._sum, self._steps, self._last = None, 0, time.monotonic()
 
     def __enter__(self) -> "Progress":

@@ -26,6 +26,7 @@ from ddb_fast.data.store import ImageData, Split
 from ddb_fast.memorisation import check_memorisation
 from ddb_fast.metrics import summarise, wilson_interval
 from ddb_fast.presets import PRESETS
+from ddb_fast.trackers import read_log
 
 HOSTILE = [
     "\"><script>document.title='owned'</script>.png",
@@ -456,7 +457,7 @@ def test_stages_have_the_images_a_second_that_the_log_gives(tmp_path, caplog):
     assert "1 x cpu (x86_64), 2 threads" in section.all("caption")[0]["text"]
     assert len(section.all("svg")) == 3, "diffusion, erm and ddb-i"
     # Of the repeated step the last line counts.
-    assert report._read_log(tmp_path / "log.jsonl")["erm seed 0"] == [(640, 0.25)]
+    assert read_log(tmp_path / "log.jsonl")["erm seed 0"] == [(640, 0.25)]
 
 
 def test_an_abandoned_attempt_leaves_no_points(tmp_path):
@@ -470,7 +471,7 @@ def test_an_abandoned_attempt_leaves_no_points(tmp_path):
             for images, loss in points:
                 row = {"time": 1, "stage": stage, "images": images, "loss": loss}
                 print(json.dumps(row), file=file)
-    assert report._read_log(tmp_path / "log.jsonl") == {
+    assert read_log(tmp_path / "log.jsonl") == {
         "erm": [(32, 0.5), (96, 0.4)],
         "lff": [(64, 1.0), (128, 0.8), (192, 0.7)],
     }

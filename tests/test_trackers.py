@@ -1,0 +1,80 @@
+"""What a tracker is sent: steps that never go back, whatever stages came before."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
+
+from ddb_fast.trackers import Progress, RunLog
+
+
+class Recorder(GeneralTracker):
+    """Like wandb, which leaves out what does not come after its last step."""
+
+    name, requires_logging_directory, main_process_only = "recorder", False, True
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    @property
+    def tracker(self):
+        return self.kept
+
+    def log(self, values, step=None, **_):
+        if not self.kept or step > self.kept[-1][0]:
+            self.kept.append((step, values))
+
+
+def record(path, *parts):
+    """Show (stage, images before, images after a look, ...) as a process of a run would."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recorder = Recorder()
+    accelerator = Accelerator(cpu=True, log_with=recorder)
+    accelerator.init_trackers("test")
+    log = RunLog(accelerator, path, mirror=True)
+    for stage, start, *looks in parts:
+        with Progress(log, stage, total=looks[-1], start=start, shown=False) as bar:
+            for images in looks:
+                bar.update(images - start, torch.tensor(1 / images))
+                bar.flush()
+                start = images
+    return recorder.kept
+
+
+def numbers(stage, images):
+    return {f"{stage}/images": images, f"{stage}/loss": pytest.approx(1 / images)}
+
+
+def test_every_stage_comes_after_the_last(tmp_path):
+    kept = record(tmp_path / "log.jsonl", ("diffusion", 0, 10, 30), ("erm", 0, 10, 20))
+    assert kept == [
+        (10, numbers("diffusion", 10)),
+        (30, numbers("diffusion", 30)),
+        (40, numbers("erm", 10)),
+        (50, numbers("erm", 20)),
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["images"], r["loss"]) for r in rows] == [
+        *(("diffusion", n, pytest.approx(1 / n)) for n in (10, 30)),
+        *(("erm", n, pytest.approx(1 / n)) for n in (10, 20)),
+    ]
+
+
+def test_a_resumed_run_has_the_steps_of_one_that_was_not_interrupted(tmp_path):
+    """The second process goes on from a checkpoint; the third is given a method before the last."""
+    path = tmp_path / "log.jsonl"
+    record(path, ("diffusion", 0, 10, 30), ("erm", 0, 10, 20))
+    assert [step for step, _ in record(path, ("erm", 10, 20, 40), ("ddb-i", 0, 5))] == [50, 70, 75]
+    assert [step for step, _ in record(path, ("lff", 0, 10), ("ddb-i", 0, 5))] == [85, 90]
+
+
+def test_a_log_that_is_damaged_stops_no_run(tmp_path):
+    path = tmp_path / "log.jsonl"
+    record(path, ("diffusion", 0, 10))
+    with path.open("ab") as file:
+        file.write(b'{"stage": "erm", "im\xff\n')
+    assert [step for step, _ in record(path, ("erm", 0, 10))] == [20]
