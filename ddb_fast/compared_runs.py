@@ -110,7 +110,9 @@ def blocks_of(runs: Sequence[Run]) -> list[Block]:
     settings: dict[str, list[Run]] = {}
     images: dict[DataConfig, Run] = {}
     for run in runs:
-        same = images.setdefault(replace(run.config.data, path=None), run)
+        # What does not choose images: where they lie, their decoded side, what broken ones do.
+        which = replace(run.config.data, path=None, cache_size=1, corrupt="error")
+        same = images.setdefault(which, run)
         if same.fingerprint != run.fingerprint:
             raise ValueError(
                 f"{same.path} and {run.path}: both call their data {run.dataset}, but the images "

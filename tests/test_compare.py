@@ -347,4 +347,12 @@ def test_runs_that_share_a_name_but_not_their_images(capsys, tmp_path):
     assert "the images are not the same" in refused(capsys, one, two, "--format", "json")
     shared = finished(tmp_path / "held", methods, images="fewer", data__validation_share=0.5)
     assert "erm" in told(one, shared), "other images by another configuration: rows of their own"
+    own = {"dataset": "photos", "data__path": "photos"}
+    tiny = finished(tmp_path / "tiny", methods, preset="tiny", images="some", **own)
+    for change in ({"preset": "lean"}, {"preset": "tiny", "data__corrupt": "skip"}):
+        folder = tmp_path / "-".join(change)
+        same = finished(folder / "same", methods, images="some", **own, **change)
+        other = finished(folder / "other", methods, images="others", **own, **change)
+        assert "erm" in told(tiny, same)
+        assert "the images are not the same" in refused(capsys, tiny, other)
     assert "named twice" in refused(capsys, one, str(tmp_path / "two" / ".." / "one"))
