@@ -131,3 +131,11 @@ def integer(where: str, row: Row, column: str, *, below: int | None = None) -> i
     if below is not None and not 0 <= value < below:
         raise ValueError(f"{where}: {column} is {value}, not one of 0..{below - 1}")
     return value
+
+
+def number_name(value: str) -> str:
+    """What a run calls a value of a table: 0 for 00, as `integer` reads it; other text as it is."""
+    try:
+        return str(int(value))
+    except ValueError:
+        return value

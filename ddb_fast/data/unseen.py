@@ -19,7 +19,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddb_fast.config import DataConfig
-from ddb_fast.data.files import EXTENSIONS, few, image_files, read_table, subfolders
+from ddb_fast.data.files import (
+    EXTENSIONS,
+    few,
+    image_files,
+    number_name,
+    read_table,
+    subfolders,
+)
 from ddb_fast.data.listing import (
     SPLITS,
     BrokenImageError,
@@ -134,7 +141,7 @@ def _from_csv(table: Path, config: DataConfig, classes: Sequence[str]) -> Images
     rows = read_table(table, ("path",), optional=("y", "a", "split"))
     columns = rows[0][1]
     labelled, biased, split_named = (column in columns for column in ("y", "a", "split"))
-    values = [(row["a"] or "").strip() for _, row in rows] if biased else []
+    values = [number_name((row["a"] or "").strip()) for _, row in rows] if biased else []
     if "" in values:
         raise ValueError(f"{rows[values.index('')][0]}: a is empty; fill it in or drop the column")
     # By length first, so that numbers stand in their order.
@@ -146,7 +153,7 @@ def _from_csv(table: Path, config: DataConfig, classes: Sequence[str]) -> Images
             y = (row["y"] or "").strip()
             if not y:
                 raise ValueError(f"{where}: y is empty; images without labels have no column y")
-            label = _number(where, y, class_number)
+            label = _number(where, y if y in class_number else number_name(y), class_number)
         else:
             label, split = -1, split if split_named else ""
         a = bias_number[values[i]] if biased else None

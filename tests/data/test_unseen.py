@@ -24,6 +24,25 @@ def test_what_a_run_could_train_on_is_listed_as_a_run_lists_it(photos, name):
     assert images.biases == listing.biases and images.name == listing.name
 
 
+def test_numbers_are_those_that_a_run_reads_however_they_are_written(tmp_path):
+    rows = [
+        {"path": f"{i}.png", "y": y, "a": a}
+        for i, (y, a) in enumerate([("00", "01"), ("1", " 00"), ("+1", "1"), ("0", "0")])
+    ]
+    for row in rows:
+        Image.new("RGB", (4, 4)).save(tmp_path / row["path"])
+    config = DataConfig(path=str(write_table(tmp_path / "table.csv", rows)))
+    listing = open_listing(config)
+    images = list_images(config, listing.classes)
+    assert (images.entries, images.biases) == (listing.entries, listing.biases)
+    assert {entry.path: (entry.y, entry.a) for entry in images.entries} == {
+        "0.png": (0, 1), "1.png": (1, 0), "2.png": (1, 1), "3.png": (0, 0)
+    }  # fmt: skip
+    # Folders are named as they are.
+    classes = ("0", "+1", "1", "00")
+    assert [e.y for e in list_images(config, classes).entries] == [0, 1, 2, 3]
+
+
 def test_splits_are_held_out_as_in_a_run(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
