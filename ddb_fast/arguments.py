@@ -137,6 +137,8 @@ def _refuse_unread(given: Collection[str], config: RunConfig) -> None:
         section, name = load.split(".")
         # Images are fitted to diffusion.image_size whoever made them.
         read = {load} if load == "diffusion.load" else {load, "diffusion.image_size"}
+        if "ddb-i" in config.methods:  # its groups are made of whatever scores there are
+            read.add("pseudo_labels.pseudo_groups")
         unread = sorted(n for n in given if n.startswith(prefixes) and n not in read)
         if unread and getattr(getattr(config, section), name) is not None:
             raise ValueError(f"{', '.join(unread)}: {told}")

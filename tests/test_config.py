@@ -262,6 +262,8 @@ def test_fields_of_a_generator_that_is_brought_are_refused(capsys):
         ("--scores s.csv --methods erm lff", "--scores: none of the methods goes by scores"),
         ("--scores s.csv --methods real-amplifier-i", "--scores: none of the methods"),
         ("--scores s.csv --pseudo_labels.gamma 9", "pseudo_labels.gamma: --scores brings scores"),
+        ("--scores s.csv --methods ddb-ii --pseudo_labels.pseudo_groups predicted",
+         "pseudo_labels.pseudo_groups: --scores brings scores"),
         ("--scores s.csv --amplifier.images 9 --synthetic own",
          "amplifier.images, sampling.load: --scores brings scores"),
         ("--scores s.csv --diffusion gen", "diffusion.load: --scores brings scores"),
@@ -281,6 +283,8 @@ def test_images_of_ones_own_are_fitted_to_the_size_asked_for_and_scores_go_with_
     for methods in ("none", "erm ddb-i"):
         words = f"digits --scores s.csv --methods {methods}"
         assert parse_run(words.split(), prog="x")[0].pseudo_labels.load == "s.csv"
+    words = "digits --scores s.csv --methods ddb-i --pseudo_labels.pseudo_groups predicted"
+    assert parse_run(words.split(), prog="x")[0].pseudo_labels.pseudo_groups == "predicted"
     # Which trains an amplifier and judges what it sees, here.
     words = "digits --scores s.csv --methods ddb-i real-amplifier-i --pseudo_labels.gamma 9"
     assert parse_run(words.split(), prog="x")[0].pseudo_labels.gamma == 9
