@@ -37,12 +37,11 @@ from ddb_fast.costs import (
     time_shares,
 )
 from ddb_fast.data.samplers import ShuffledSampler
-from ddb_fast.data.sources import open_listing
-from ddb_fast.data.store import open_images
 from ddb_fast.engine import Sampler
 from ddb_fast.generator import synthesise, train_diffusion
 from ddb_fast.kernels import use_backend
 from ddb_fast.models.unet import UNet
+from ddb_fast.pipeline import read_data
 from ddb_fast.recipes import ERM
 from ddb_fast.run_folder import lock_folder
 from ddb_fast.tabular import markdown
@@ -284,15 +283,7 @@ def profile_run(run: str | Path, accelerator: Any) -> list[StageProfile]:
     config = replace(
         config, progress=False, step="eager", checkpoint_images=None, checkpoint_minutes=1e9
     )
-    data = open_images(
-        open_listing(config.data),
-        image_size=config.diffusion.image_size,
-        cache_size=config.data.cache_size,
-        cache_dir=run / "cache",
-        corrupt=config.data.corrupt,
-        progress=False,
-    )
-    log = RunLog(accelerator, None)
+    data, log = read_data(config, run), RunLog(accelerator, None)
     context = Context(config=config, accelerator=accelerator, data=data, log=log)
     work: dict[str, Callable[[_Watch, Path], None]] = {}
     if config.amplifies and config.sampling.load is None:
