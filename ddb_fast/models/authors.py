@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ddb_fast.config import UNetConfig
+from ddb_fast.data.files import few
 
 Join = Callable[[list[Tensor]], Tensor]
 
@@ -205,10 +206,6 @@ def _null_class_last(parts: list[Tensor]) -> Tensor:
 
 def _refuse(**problems: list[str]) -> None:
     """Raise ValueError if any kind of problem has names; the first few are told."""
-    told = [
-        f"{kind} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
-        for kind, names in problems.items()
-        if names
-    ]
+    told = [f"{kind} {few(names, 3)}" for kind, names in problems.items() if names]
     if told:
         raise ValueError(f"not a state dict of the authors' generator: {'; '.join(told)}")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ddb_fast.data.files import few
 from ddb_fast.models.densenet import DenseNet121
 from ddb_fast.models.resnet import BasicBlock, Bottleneck, ResNet
 from ddb_fast.models.small import MLP, SmallCNN
@@ -173,10 +174,5 @@ def _require_fit(own: dict[str, Tensor], tensors: dict[str, Tensor], *, path: Pa
         ],
     }
     if any(problems.values()):
-        found = "; ".join(f"{what}: {_shortened(keys)}" for what, keys in problems.items() if keys)
+        found = "; ".join(f"{what}: {few(keys, 4)}" for what, keys in problems.items() if keys)
         raise ValueError(f"{path} does not fit the network: {found}")
-
-
-def _shortened(keys: list[str], *, shown: int = 4) -> str:
-    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
-    return ", ".join(keys[:shown]) + more
