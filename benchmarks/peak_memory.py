@@ -14,8 +14,6 @@ import ctypes
 import functools
 import gc
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +21,7 @@ import checkout  # noqa: F401 - before everything that imports ddb_fast
 import networks
 import torch
 from measure import Call
-from rows import Item, Row
+from rows import Item, Row, in_own_process
 
 from ddb_fast.config import DiffusionConfig
 
@@ -61,16 +59,9 @@ def peak_of_step(form: networks.Form, config: DiffusionConfig, batch: int) -> Ro
 
 def items(batch: int = 4) -> Iterator[Item]:
     """Every form that a CPU runs, each in a process of its own."""
-
-    def row(name: str) -> Row:
-        command = [sys.executable, __file__, name, "--batch", str(batch)]
-        answer = subprocess.run(command, capture_output=True, text=True)
-        if answer.returncode:
-            raise RuntimeError(answer.stderr[-300:])
-        return json.loads(answer.stdout.splitlines()[-1])
-
     for form in networks.CPU_FORMS:
-        yield f"memory {form.name} {batch}", functools.partial(row, form.name)
+        row = functools.partial(in_own_process, __file__, form.name, "--batch", batch)
+        yield f"memory {form.name} {batch}", row
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ import json
 import os
 import platform
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -133,6 +135,15 @@ def measure_all(
             _release(device)
         longest = max(longest, time.monotonic() - start)
     return [key for key, _ in waiting]
+
+
+def in_own_process(script: str, *words: object) -> Row:
+    """The row that a script prints as its last line; RuntimeError with how it ended."""
+    command = [sys.executable, script, *map(str, words)]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode:
+        raise RuntimeError(answer.stderr[-300:])
+    return json.loads(answer.stdout.splitlines()[-1])
 
 
 def reason(failure: Exception) -> str:

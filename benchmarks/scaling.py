@@ -13,8 +13,6 @@ import functools
 import itertools
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +25,7 @@ import numpy as np
 import torch
 from finished import start
 from peak_memory import resident
-from rows import Item, Row
+from rows import Item, Row, in_own_process
 from torch import Tensor, nn
 
 from ddb_fast.config import ClassifierConfig, DiffusionConfig, Optimisation, UNetConfig
@@ -184,16 +182,9 @@ def measure(count: int, batch: int, *, steps: int = 15) -> Row:
 
 def items() -> Iterator[Item]:
     """Every pair of batch and number of images, each in a process of its own."""
-
-    def row(count: int, batch: int) -> Row:
-        command = [sys.executable, __file__, "--images", str(count), "--batch", str(batch)]
-        answer = subprocess.run(command, capture_output=True, text=True)
-        if answer.returncode:
-            raise RuntimeError(answer.stderr[-300:])
-        return json.loads(answer.stdout.splitlines()[-1])
-
     for batch, count in itertools.product(BATCHES, IMAGES):
-        yield f"scaling {count} {batch}", functools.partial(row, count, batch)
+        words = ("--images", count, "--batch", batch)
+        yield f"scaling {count} {batch}", functools.partial(in_own_process, __file__, *words)
 
 
 def main() -> None:

@@ -508,6 +508,14 @@ def test_the_forms_compute_the_same():
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's record of a process")
 
 
+def test_a_row_of_a_process_of_its_own(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print('a note'); print('{\"n\": ' + sys.argv[1] + '}')")
+    assert rows.in_own_process(str(script), 7) == {"n": 7}
+    with pytest.raises(RuntimeError, match="IndexError"):
+        rows.in_own_process(str(script))
+
+
 @linux
 def test_the_peak_of_a_call_is_what_it_needs_for_its_time():
     kept = []
