@@ -9,11 +9,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddb_fast.config import RunConfig, from_json
+from ddb_fast.config import RunConfig
 from ddb_fast.context import Context
 from ddb_fast.data.store import ImageData
 from ddb_fast.metrics import auroc, precision_recall, wilson_interval
 from ddb_fast.pipeline import read_data
+from ddb_fast.provenance import FinishedRun
 from ddb_fast.recipes import pseudo_groups
 from ddb_fast.scoring import logits_of
 from ddb_fast.trackers import RunLog
@@ -28,21 +29,13 @@ def start(threads: int) -> Accelerator:
     return Accelerator(mixed_precision=precision)
 
 
-def read_config(run: Path) -> RunConfig:
-    """The configuration of a run's folder; ValueError if it is none."""
-    try:
-        return from_json((run / "config.json").read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"{run}: not a run's folder ({error.strerror})") from None
-
-
 def open_run(run: Path, accelerator: Accelerator) -> Context:
     """What the stages of the run in this folder were given, its decoded images among it.
 
     Only the cache of decoded images is written, where it is gone. ValueError if it is no run or its
     data has changed.
     """
-    return open_context(replace(read_config(run), out=str(run)), accelerator)
+    return open_context(replace(FinishedRun.open(run).config, out=str(run)), accelerator)
 
 
 def open_context(config: RunConfig, accelerator: Accelerator) -> Context:

@@ -162,4 +162,4 @@ def test_epochs_need_a_validation_split(run, tmp_path, capsys):
 def test_a_folder_that_is_no_run_is_one_line(study, tmp_path, capsys):
     torch.set_num_threads(1)
     assert study.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "not a run's folder" in capsys.readouterr().err
+    assert "no run; name a folder" in capsys.readouterr().err
