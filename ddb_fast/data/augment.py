@@ -19,22 +19,14 @@ _SHIFT_SHARE = 1 / 8
 _CROP_AREA, _CROP_RATIO, _CROP_TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
 
-def augment(
-    images: Tensor,
-    kind: str,
-    *,
-    size: int,
-    whole: bool = False,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def augment(images: Tensor, kind: str, *, size: int, whole: bool = False) -> Tensor:
     """Draw a random view of each image: (N, 3, size, size) float32 in 0..255, channels_last.
 
     images: (N, 3, S, S) uint8. crop-flip: RandomResizedCrop (8 to 100 % of the area, 3:4 to 4:3, at
     positions that need not be whole pixels), then a flip. The other kinds start from `centre`, or
     with `whole` from `amplifier_view`:
     shift moves up to an eighth of the side in whole pixels and repeats the edge, flip mirrors left
-    and right with probability 1/2. generator: of the images' device, whose default is used without.
-    ValueError for another kind, dtype or shape.
+    and right with probability 1/2. ValueError for another kind, dtype or shape.
     """
     if kind not in KINDS:
         raise ValueError(f"augmentation {kind!r} is none of {', '.join(KINDS)}")
@@ -42,7 +34,7 @@ def augment(
     if images.dtype != torch.uint8:
         raise ValueError(f"images to augment must be uint8, got {images.dtype}")
     if kind == "crop-flip":
-        return _crop_flip(images, size, generator)
+        return _crop_flip(images, size)
     view = (amplifier_view if whole else centre)(images, size)
     if kind == "none":
         return view
@@ -51,10 +43,10 @@ def augment(
     columns = rows
     if "shift" in kind:
         most = int(size * _SHIFT_SHARE)
-        moves = torch.randint(-most, most + 1, (2, count, 1, 1), device=device, generator=generator)
+        moves = torch.randint(-most, most + 1, (2, count, 1, 1), device=device)
         rows, columns = ((rows + move).clamp(0, size - 1) for move in moves)
     if "flip" in kind:
-        columns = torch.where(_coins(count, device, generator), columns.flip(2), columns)
+        columns = torch.where(_coins(count, device), columns.flip(2), columns)
     first = torch.arange(count, device=device).view(-1, 1, 1) * size * size
     index = first + rows.transpose(1, 2) * size + columns
     pixels = view.permute(0, 2, 3, 1).reshape(-1, 3).index_select(0, index.flatten())
@@ -104,13 +96,11 @@ def _resize(images: Tensor, size: int) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _coins(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    return torch.rand((count, 1, 1), device=device, generator=generator) < 0.5
+def _coins(count: int, device: torch.device) -> Tensor:
+    return torch.rand((count, 1, 1), device=device) < 0.5
 
 
-def random_boxes(
-    count: int, *, device: torch.device, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def random_boxes(count: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
     """Draw RandomResizedCrop's boxes in a unit square: corners and sides (count, 2), x then y.
 
     Area uniform, ratio of the sides log-uniform, redrawn while a side exceeds 1; after ten draws,
@@ -118,7 +108,7 @@ def random_boxes(
     """
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, device=device, generator=generator)
+        return torch.rand(shape, device=device)
 
     low, high = _CROP_AREA
     area = low + (high - low) * uniform(count, _CROP_TRIES)
@@ -131,13 +121,13 @@ def random_boxes(
     return uniform(count, 2) * (1 - sides), sides
 
 
-def _crop_flip(images: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
+def _crop_flip(images: Tensor, size: int) -> Tensor:
     count, side, device = len(images), images.shape[2], images.device
-    corners, sides = random_boxes(count, device=device, generator=generator)
+    corners, sides = random_boxes(count, device=device)
     across, down = (
         _filter(side * corners[:, i], side * sides[:, i], size=size, side=side) for i in (0, 1)
     )
-    across = torch.where(_coins(count, device, generator), across.flip(1), across)
+    across = torch.where(_coins(count, device), across.flip(1), across)
     x = images.permute(0, 2, 3, 1).float().reshape(count, side, side * 3)
     # Rows, then columns: a product each over all images, which have weights of their own. Autocast
     # would run them in half precision, too coarse for 255 levels.

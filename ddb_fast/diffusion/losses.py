@@ -40,7 +40,6 @@ def diffusion_loss(
     loss_weight: str = "none",
     min_snr_gamma: float = 5.0,
     batch_size: int | None = None,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Squared error of the predicted noise (or v) at random timesteps, a scalar.
 
@@ -51,7 +50,6 @@ def diffusion_loss(
     (the authors) once for all of this call. loss_scale: mean, or authors, who divide the sum over
     everything by N^2, N the batch of all devices: batch_size, None for this call's. loss_weight:
     none, or min-snr, each image's error by `min_snr_weight` before either.
-    generator: on x0's device; None: the global one.
     ValueError for an unknown name or a probability outside [0, 1].
     Source: Ho et al. 2020, equation 14; v: Salimans & Ho 2022; dropped labels: Ho & Salimans 2022,
     algorithm 1.
@@ -67,13 +65,13 @@ def diffusion_loss(
     if not 0 <= class_dropout <= 1:
         raise ValueError(f"class_dropout {class_dropout} is outside 0 to 1")
     n, device = len(x0), x0.device
-    t = torch.randint(schedule.timesteps, (n,), device=device, generator=generator)
-    # Unlike randn, keeps channels_last; unlike randn_like, takes a generator. Drawn in the order of
-    # memory: a CPU draws one number at a time for what does not look contiguous, 8 times as slow.
+    t = torch.randint(schedule.timesteps, (n,), device=device)
+    # Keeps channels_last, as randn would not, and draws in the order of memory, as randn_like would
+    # not: a CPU draws one number at a time for what does not look contiguous, 8 times as slow.
     eps = torch.empty_like(x0)
-    eps.as_strided((eps.numel(),), (1,)).normal_(generator=generator)
+    eps.as_strided((eps.numel(),), (1,)).normal_()
     draws = n if class_dropout_per == "sample" else 1
-    dropped = torch.rand(draws, device=device, generator=generator) < class_dropout
+    dropped = torch.rand(draws, device=device) < class_dropout
     prediction = model(schedule.add_noise(x0, eps, t), t, torch.where(dropped, null_class, y))
     truth = eps if target == "eps" else schedule.v(x0, eps, t)
     if loss_weight == "none":
