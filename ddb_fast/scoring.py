@@ -198,23 +198,11 @@ class ScoreTable:
         }
         return replace(self, **picked)
 
-    def tensors(self, split: str) -> Scores:
-        """The rows of one split, as the recipes take them; ValueError for a table without labels.
-
-        Tensors of their own: what is written to them does not reach the table.
-        """
-        if self.y is None:
-            raise ValueError("images without labels have no scores to train with")
-        own = self.where(self.split == split)
-        parts = (own.y, own.predicted, own.loss, own.score.astype(np.float32), own.conflicting)
-        return Scores(*map(torch.from_numpy, parts))
-
-    def text(self, format: str = "csv", *, probabilities: bool = True) -> str:
-        """The table as CSV (floats to 9 digits) or as JSON, a list of objects, one a line."""
-        return "".join(self.parts(format, probabilities=probabilities))
-
     def parts(self, format: str = "csv", *, probabilities: bool = True) -> Iterator[str]:
-        """`text`, some rows at a time: as Python objects all cells take ten times their memory."""
+        """The table as CSV (floats to 9 digits) or as JSON, a list of objects, one a line.
+
+        Some rows at a time: as Python objects all cells take ten times their memory.
+        """
         for start in range(0, len(self), _AT_ONCE) or (0,):
             some = self.where(slice(start, start + _AT_ONCE))
             columns = some.columns(probabilities=probabilities)
@@ -348,8 +336,8 @@ def rows_of_scores(path: Path) -> Iterator[Iterator[dict[str, str]]]:
         raise ValueError(f"{path}: not a table of scores with labels ({why})") from None
 
 
-def read_scores(path: Path, split: str = "train", *, images: int | None = None) -> Scores:
-    """The rows of one split of `scores.csv`; ValueError if it is none, or has none of them.
+def read_scores(path: Path, *, images: int | None = None) -> Scores:
+    """The training rows of `scores.csv`; ValueError if it is none, or has none of them.
 
     images: of how many the table is, with those of other splits, where that is known: ValueError
     for another number of rows, which a table that was cut between two of them has.
@@ -359,14 +347,14 @@ def read_scores(path: Path, split: str = "train", *, images: int | None = None) 
         # As they are read: rows as dictionaries take ten times what is kept of them.
         for row in rows:
             count += 1
-            if row["split"] == split:
+            if row["split"] == "train":
                 y.append(int(row["y"]))
                 predicted.append(int(row["predicted"]))
                 loss.append(float(row["loss"]))
                 score.append(float(row["score"]))
                 conflicting.append(row["pseudo_conflicting"] == "1")
         if not conflicting:
-            raise KeyError(split)
+            raise KeyError("train")
         scores = Scores(*map(torch.tensor, (y, predicted, loss, score, conflicting)))
     if images is not None and count != images:
         raise ValueError(

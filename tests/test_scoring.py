@@ -182,11 +182,7 @@ def table(statistics):
 def test_tables_are_joined_row_by_row(table):
     assert len(table) == 3 and table.split.tolist() == ["train", "train", "test"]
     assert table.y.tolist() == [0, 1, 1] and table.probabilities.shape == (3, 2)
-    train = table.tensors("train")
-    assert train.y.tolist() == [0, 1] and train.conflicting.tolist() == [False, True]
-    assert train.score.dtype == torch.float32 and train.loss.dtype == torch.float32
-    train.loss.zero_()
-    assert table.loss.min() > 0
+    assert table.conflicting.tolist() == [False, True, False]
 
 
 def test_rows_are_chosen_by_mask_or_in_an_order(table, statistics):
@@ -209,10 +205,10 @@ def test_csv_holds_every_column_and_reads_back(table, tmp_path):
     for row in rows:
         of_label = row["probability_of_dog" if row["y"] == "1" else "probability_of_cat"]
         assert float(of_label) == pytest.approx(float(row["probability_y"]), rel=1e-6)
-    back = read_scores(path, "train")
+    back, train = read_scores(path), table.where(table.split == "train")
     for name in ("y", "predicted", "loss", "conflicting"):
-        assert torch.equal(getattr(back, name), getattr(table.tensors("train"), name)), name
-    torch.testing.assert_close(back.score, table.tensors("train").score)
+        assert torch.equal(getattr(back, name), torch.from_numpy(getattr(train, name))), name
+    torch.testing.assert_close(back.score, torch.from_numpy(train.score).float())
     assert not list(tmp_path.rglob("*.part"))
     table.write(path, probabilities=False)
     assert path.read_text().splitlines()[0] == ",".join(COLUMNS)
@@ -250,7 +246,7 @@ def test_a_table_becomes_text_some_rows_at_a_time(table, statistics, tmp_path, m
     """All cells at once as Python objects took gigabytes where there are 1,000 classes."""
     blind = table_of(logits_of_losses([0, 1, 1], [0.2, 0.9, 0.3]), statistics, paths=[*"abc"])
     cases = [(one, form) for one in (table, blind) for form in ("csv", "json")]
-    whole = [one.text(form) for one, form in cases]
+    whole = ["".join(one.parts(form)) for one, form in cases]
     converted, cells = [], ScoreTable.columns
 
     def counted(self, **options):
@@ -261,10 +257,11 @@ def test_a_table_becomes_text_some_rows_at_a_time(table, statistics, tmp_path, m
     monkeypatch.setattr(ScoreTable, "columns", counted)
     for (one, form), expected in zip(cases, whole, strict=True):
         one.write(tmp_path / "scores", form)
-        assert (tmp_path / "scores").read_bytes().decode() == expected == one.text(form)
+        assert (tmp_path / "scores").read_bytes().decode() == expected == "".join(one.parts(form))
     assert set(converted) == {1, 2}
     empty = table.where(np.array([], dtype=int))
-    assert json.loads(empty.text("json")) == [] and len(empty.text().splitlines()) == 1
+    assert json.loads("".join(empty.parts("json"))) == []
+    assert len("".join(empty.parts()).splitlines()) == 1
 
 
 def test_parquet_keeps_types(table, tmp_path):
@@ -287,14 +284,12 @@ def test_without_labels_there_are_predictions_and_nothing_else(statistics):
     logits = logits_of_losses([0, 1], [0.2, 0.9])
     table = table_of(logits, statistics, paths=["a.png", "b.png"])
     assert (table.y, table.loss, table.score, table.conflicting) == (None,) * 4
-    rows = list(csv.DictReader(io.StringIO(table.text())))
+    rows = list(csv.DictReader(io.StringIO("".join(table.parts()))))
     for name in ("split", "y", "loss", "probability_y", "score", "pseudo_conflicting"):
         assert [row[name] for row in rows] == ["", ""], name
     assert [row["predicted"] for row in rows] == ["0", "0"]
     assert float(rows[1]["probability_of_cat"]) == pytest.approx(1 - math.exp(-0.9))
-    assert json.loads(table.text("json"))[0]["score"] is None
-    with pytest.raises(ValueError, match="without labels"):
-        table.tensors("")
+    assert json.loads("".join(table.parts("json")))[0]["score"] is None
 
 
 def test_a_class_may_be_called_y():
@@ -349,8 +344,8 @@ def test_paths_are_as_many_as_images(statistics):
 def test_a_table_that_was_cut_between_two_rows_is_refused(table, tmp_path):
     path = tmp_path / "scores.csv"
     table.write(path)
-    assert len(read_scores(path, table.split[0], images=len(table)).y)
+    assert len(read_scores(path, images=len(table)).y)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
     with pytest.raises(ValueError, match=rf"scores\.csv: {len(table) - 1} rows, but the run has"):
-        read_scores(path, table.split[0], images=len(table))
+        read_scores(path, images=len(table))
