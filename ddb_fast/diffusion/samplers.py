@@ -47,23 +47,14 @@ def _alpha_bars(schedule: Schedule, timesteps: Sequence[int]) -> list[float]:
 
 
 def sample_ddpm(
-    denoise: Denoiser,
-    x: Tensor,
-    *,
-    schedule: Schedule,
-    timesteps: Sequence[int],
-    noise: Noise,
-    variance: str = "beta",
+    denoise: Denoiser, x: Tensor, *, schedule: Schedule, timesteps: Sequence[int], noise: Noise
 ) -> Tensor:
     """Ancestral sampling, without noise at the last step.
 
-    variance of the noise of a step: beta, the larger of the two in the source, or posterior, the
-    smaller one; both of the respaced chain when timesteps are left out. noise() is like x.
-    ValueError for another variance. Source: Ho et al. 2020, equation 7 and algorithm 2; respaced
-    betas: Nichol & Dhariwal 2021, equation 19.
+    The variance of a step's noise is beta, the larger of the two in the source, of the respaced
+    chain when timesteps are left out. noise() is like x. Source: Ho et al. 2020, equation 7 and
+    algorithm 2; respaced betas: Nichol & Dhariwal 2021, equation 19.
     """
-    if variance not in ("beta", "posterior"):
-        raise ValueError(f"variance {variance!r} is none of beta, posterior")
     alpha_bars = _alpha_bars(schedule, timesteps)
     for t, (alpha_bar, alpha_bar_next) in zip(timesteps, pairwise(alpha_bars), strict=True):
         alpha = alpha_bar / alpha_bar_next
@@ -72,7 +63,7 @@ def sample_ddpm(
         x0, _ = denoise(x, t)
         x = math.sqrt(alpha_bar_next) * beta / (1 - alpha_bar) * x0 + math.sqrt(alpha) * shrink * x
         if alpha_bar_next < 1:
-            x = x + math.sqrt(beta if variance == "beta" else beta * shrink) * noise()
+            x = x + math.sqrt(beta) * noise()
     return x
 
 

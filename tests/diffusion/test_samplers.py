@@ -31,8 +31,7 @@ SAMPLERS = {
     "ddim": lambda noise, **o: sample_ddim(**o),
     "dpm-solver-pp-2m": lambda noise, **o: sample_dpm_solver_pp_2m(**o),
     "unipc": lambda noise, **o: sample_unipc(**o),
-    "ddpm-posterior": lambda noise, **o: sample_ddpm(**o, noise=noise, variance="posterior"),
-    "ddpm-beta": lambda noise, **o: sample_ddpm(**o, noise=noise, variance="beta"),
+    "ddpm": lambda noise, **o: sample_ddpm(**o, noise=noise),
     "ddim-eta-1": lambda noise, **o: sample_ddim(**o, noise=noise, eta=1.0),
 }
 
@@ -87,8 +86,8 @@ def moments(name, schedule, steps, **gauss):
         ("ddim", {20: 0.1, 80: 0.025, 1000: 0.004}),
         ("dpm-solver-pp-2m", {20: 0.03, 80: 0.0015, 1000: 1e-4}),
         ("unipc", {20: 0.02, 80: 5e-5, 1000: 2e-4}),
-        ("ddpm-posterior", {20: 0.17, 80: 0.05, 1000: 0.0095}),
-        ("ddpm-beta", {20: 0.08, 80: 0.02, 1000: 0.002}),
+        ("ddim-eta-1", {20: 0.17, 80: 0.05, 1000: 0.0095}),
+        ("ddpm", {20: 0.08, 80: 0.02, 1000: 0.002}),
     ],
 )
 def test_samplers_recover_the_data(name, schedule, bounds):
@@ -120,18 +119,12 @@ def test_order_of_convergence(name, order):
 
 @BOTH
 @pytest.mark.parametrize("steps", [2, 10, 1000])
-def test_variance_beta_is_exact_for_standard_normal_data(schedule, steps):
+def test_ancestral_sampling_is_exact_for_standard_normal_data(schedule, steps):
     """Every step keeps N(0, 1) (Ho et al. 2020, section 3.2); the last leaves sqrt(alpha_bar) x."""
-    mean, std = moments("ddpm-beta", schedule, steps, mean=0.0, std=1.0)
+    mean, std = moments("ddpm", schedule, steps, mean=0.0, std=1.0)
     last = timesteps(1000, steps)[-1]
     assert mean == pytest.approx(0, abs=1e-12)
     assert std == pytest.approx(schedule.alpha_bar[last].sqrt().item(), rel=1e-9)
-
-
-@BOTH
-def test_stochastic_ddim_is_ancestral_sampling_with_posterior_variance(schedule):
-    ancestral = moments("ddpm-posterior", schedule, 30)
-    assert moments("ddim-eta-1", schedule, 30) == pytest.approx(ancestral, rel=1e-9)
 
 
 @BOTH
@@ -249,19 +242,13 @@ def call(name, walk=(9, 4), **options):
         (lambda: timesteps(10, 11), "11 sampling steps of 10 timesteps"),
         (lambda: timesteps(10, 0), "0 sampling steps"),
         (call("ddim", ()), r"within 0..999, got \[\]"),
-        (call("ddpm-beta", (1000, 4)), "within 0..999, got"),
+        (call("ddpm", (1000, 4)), "within 0..999, got"),
         (call("dpm-solver-pp-2m", (9, 9, 4)), r"got \[9, 9, 4\]"),
         (call("ddim", (4, 9)), r"got \[4, 9\]"),
         (call("ddim", (9, -1)), r"got \[9, -1\]"),
         (call("unipc", (9, 9, 4)), r"got \[9, 9, 4\]"),
         (lambda: sample_ddim(None, X, schedule=LINEAR, timesteps=[9], eta=0.5), "got 0.5"),
         (lambda: sample_ddim(None, X, schedule=LINEAR, timesteps=[9], eta=1.5), "got 1.5"),
-        (
-            lambda: sample_ddpm(
-                None, X, schedule=LINEAR, timesteps=[9], noise=None, variance="learned"
-            ),
-            "'learned' is none of beta, posterior",
-        ),
     ],
 )
 def test_bad_arguments_are_named(run, message):
