@@ -9,13 +9,13 @@ mean colour), by no classifier. Writes OUT.json, OUT.md and OUT.png; a repeated 
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from finished import aligned_share, open_run, read_rows, start, write_rows
 
-from ddb_fast.diffusion.generate import generate_batch, plan
-from ddb_fast.diffusion.schedule import make_schedule
+from ddb_fast.diffusion.generate import generate_batch, plan, sampling_options
 from ddb_fast.generator import load_diffusion
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
@@ -29,27 +29,11 @@ def measure(context, run: Path, *, scale: float, count: int) -> dict:
     unet, diffusion, _ = load_diffusion(run / "diffusion")
     unet.to(context.device)
     labels, seeds = plan(len(data.classes), -(-count // len(data.classes)), config.seed)
-    images = []
-    for part in torch.arange(count).split(config.sampling.batch_size):
+    images, size = [], config.sampling.batch_size
+    options = sampling_options(diffusion, replace(config.sampling, guidance_scale=scale))
+    for part in torch.arange(count).split(size):
         with context.accelerator.autocast():
-            images.append(
-                generate_batch(
-                    unet,
-                    labels[part],
-                    seeds[part],
-                    schedule=make_schedule(diffusion),
-                    target=diffusion.target,
-                    sampler=config.sampling.sampler,
-                    steps=config.sampling.steps,
-                    guidance_scale=scale,
-                    guidance_interval=config.sampling.guidance_interval,
-                    clip_x0=config.sampling.clip_x0,
-                    clip_percentile=config.sampling.clip_percentile,
-                    pixel_norm=diffusion.pixel_norm,
-                    image_size=diffusion.image_size,
-                    pad_to=config.sampling.batch_size,
-                )
-            )
+            images.append(generate_batch(unet, labels[part], seeds[part], pad_to=size, **options))
     real = data.groups("train").bias_aligned.double().mean().item()
     return {
         "dataset": data.name,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from authors_form import ancestral_steps
 from ddb_fast.config import DiffusionConfig, SamplingConfig
-from ddb_fast.diffusion.generate import generate_batch
+from ddb_fast.diffusion.generate import generate_batch, sampling_options
 from ddb_fast.diffusion.schedule import make_schedule
 from ddb_fast.graphs import Forward
 from ddb_fast.kernels import use_backend
@@ -37,13 +37,8 @@ def our_sampling(
     network: nn.Module, config: DiffusionConfig, sampling: SamplingConfig, y: Tensor, seeds: Tensor
 ) -> Tensor:
     """A batch of images of the classes y from noise, as the repository samples them."""
-    return generate_batch(
-        network, y, seeds, schedule=make_schedule(config), target=config.target,
-        sampler=sampling.sampler, steps=sampling.steps, guidance_scale=sampling.guidance_scale,
-        guidance_interval=sampling.guidance_interval, clip_x0=sampling.clip_x0,
-        clip_percentile=sampling.clip_percentile, pixel_norm=config.pixel_norm,
-        image_size=config.image_size, pad_to=len(y),
-    )  # fmt: skip
+    options = sampling_options(config, sampling)
+    return generate_batch(network, y, seeds, pad_to=len(y), **options)
 
 
 def _our_call(

@@ -19,7 +19,7 @@ from ddb_fast.data.pixels import normalise
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.sources import list_folder
 from ddb_fast.data.store import FITS, gather, in_order, resident
-from ddb_fast.diffusion.generate import generate_within_memory, plan
+from ddb_fast.diffusion.generate import generate_within_memory, plan, sampling_options
 from ddb_fast.diffusion.losses import diffusion_loss
 from ddb_fast.diffusion.schedule import make_schedule
 from ddb_fast.engine import EMA, fit, step_seed
@@ -135,7 +135,7 @@ def synthesise(context: Context, diffusion_folder: Path, folder: Path, shards: P
     unet.to(context.device)
     graphs = context.device.type == "cuda" and context.config.step != "eager"
     network = Forward(unet) if graphs else unet
-    schedule = make_schedule(diffusion)
+    options = sampling_options(diffusion, config)
     labels, seeds = plan(len(context.data.classes), config.per_class, context.config.seed)
     parts = torch.arange(len(labels)).split(config.batch_size)
     shown = context.config.progress and accelerator.is_main_process
@@ -150,20 +150,7 @@ def synthesise(context: Context, diffusion_folder: Path, folder: Path, shards: P
             part = parts[b]
             with accelerator.autocast():
                 images, at_once = generate_within_memory(
-                    network,
-                    labels[part],
-                    seeds[part],
-                    at_once=at_once,
-                    schedule=schedule,
-                    target=diffusion.target,
-                    sampler=config.sampler,
-                    steps=config.steps,
-                    guidance_scale=config.guidance_scale,
-                    guidance_interval=config.guidance_interval,
-                    clip_x0=config.clip_x0,
-                    clip_percentile=config.clip_percentile,
-                    pixel_norm=diffusion.pixel_norm,
-                    image_size=diffusion.image_size,
+                    network, labels[part], seeds[part], at_once=at_once, **options
                 )
             shard = {"images": images, "labels": labels[part], "seeds": seeds[part]}
             used = {"batch_size": at_once}

@@ -25,8 +25,7 @@ from ddb_fast.data.augment import amplifier_view, centre
 from ddb_fast.data.listing import read_image
 from ddb_fast.data.pixels import check_input, normalise
 from ddb_fast.data.store import FITS, centre_square
-from ddb_fast.diffusion.generate import generate_within_memory
-from ddb_fast.diffusion.schedule import make_schedule
+from ddb_fast.diffusion.generate import generate_within_memory, sampling_options
 from ddb_fast.fields import from_dict
 from ddb_fast.generator import build_unet, load_diffusion, save_diffusion
 from ddb_fast.model_card import card
@@ -368,24 +367,10 @@ class Generator(_Model):
         if size < 1:
             raise ValueError(f"batch_size {size} must be at least 1")
         asked = {"guidance_scale": guidance_scale, "steps": steps, "sampler": sampler}
-        # All that says how an image is drawn, and not which of them and how many.
-        options = {
-            k: v for k, v in vars(own).items() if k not in ("load", "per_class", "batch_size")
-        }
-        options |= {name: value for name, value in asked.items() if value is not None}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        options = sampling_options(self.config, replace(own, **asked))
         self.eval()
-        schedule = make_schedule(self.config)
-        images, _ = generate_within_memory(
-            self.network,
-            labels,
-            seeds,
-            at_once=size,
-            schedule=schedule,
-            target=self.config.target,
-            pixel_norm=self.config.pixel_norm,
-            image_size=self.config.image_size,
-            **options,
-        )
+        images, _ = generate_within_memory(self.network, labels, seeds, at_once=size, **options)
         return images
 
     def _save_weights(self, folder: Path) -> None:

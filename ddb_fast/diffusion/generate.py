@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddb_fast.config import DiffusionConfig, SamplingConfig
 from ddb_fast.data.pixels import denormalise, value_range
 from ddb_fast.diffusion.guidance import guided
 from ddb_fast.diffusion.samplers import (
@@ -22,7 +23,7 @@ from ddb_fast.diffusion.samplers import (
     sample_unipc,
     timesteps,
 )
-from ddb_fast.diffusion.schedule import Schedule
+from ddb_fast.diffusion.schedule import Schedule, make_schedule
 
 SAMPLERS = ("ddpm", "ddpm-authors", "ddim", "dpm-solver-pp-2m", "unipc")
 
@@ -71,6 +72,17 @@ class PerImageNoise:
         for stream, row in zip(self.streams, noise, strict=True):
             stream.standard_normal(dtype=np.float32, out=row)
         return torch.from_numpy(noise)
+
+
+def sampling_options(diffusion: DiffusionConfig, sampling: SamplingConfig) -> dict[str, Any]:
+    """How a configuration draws images, as `generate_batch` takes it; not which and how many."""
+    counts = ("load", "per_class", "batch_size")
+    return {name: value for name, value in vars(sampling).items() if name not in counts} | {
+        "schedule": make_schedule(diffusion),
+        "target": diffusion.target,
+        "pixel_norm": diffusion.pixel_norm,
+        "image_size": diffusion.image_size,
+    }
 
 
 @torch.inference_mode()
