@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddb_fast.classification import load_classifier
 from ddb_fast.config import METHODS, DataConfig
-from ddb_fast.data.groups import Groups, majority_bias
+from ddb_fast.data.groups import Groups, training_groups
 from ddb_fast.data.listing import SPLITS, Entry, Listing, real_file
 from ddb_fast.data.sources import open_listing
 from ddb_fast.data.store import centre_square
@@ -210,14 +210,12 @@ def _groups(
         if same and set(images.biases) <= set(own.biases or ()):
             number = torch.tensor([own.biases.index(name) for name in images.biases])
             trained = torch.tensor([split == "train" for split in own.split])
-            own_y, own_a = own.y[trained], own.a[trained]
-            sizes = {"num_classes": len(classes), "num_biases": len(own.biases)}
-            training = Groups.from_labels(
-                own_y,
-                own_a,
+            training = training_groups(
+                own.y[trained],
+                own.a[trained],
                 class_names=classes,
                 bias_names=own.biases,
-                aligned_bias=own.aligned_bias or majority_bias(own_y, own_a, **sizes),
+                aligned_bias=own.aligned_bias,
             )
             return training.with_labels(y, number[a]), training.counts, own.factors
         unknown = "the run's own images have " + (

@@ -144,6 +144,26 @@ class Groups:
         return tuple(f"y={y} a={a}" for y in self.class_names for a in self.bias_names)
 
 
+def training_groups(
+    y: Tensor,
+    a: Tensor,
+    *,
+    class_names: Sequence[str],
+    bias_names: Sequence[str],
+    aligned_bias: Sequence[int] | None,
+) -> Groups:
+    """The groups of training images, aligned as told, else as most images of each class are.
+
+    Numbers of y and a need not correspond, so there is no other default.
+    """
+    if aligned_bias is None:
+        sizes = {"num_classes": len(class_names), "num_biases": len(bias_names)}
+        aligned_bias = majority_bias(y, a, **sizes)
+    return Groups.from_labels(
+        y, a, class_names=class_names, bias_names=bias_names, aligned_bias=aligned_bias
+    )
+
+
 def _names(
     kind: str, labels: Tensor, count: int | None, names: Sequence[str] | None
 ) -> tuple[str, ...]:

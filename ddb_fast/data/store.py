@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddb_fast.data.files import NAMED, few
-from ddb_fast.data.groups import Groups, majority_bias
+from ddb_fast.data.groups import Groups, training_groups
 from ddb_fast.data.listing import SPLITS, BrokenImageError, Listing
 
 logger = logging.getLogger(__name__)
@@ -84,18 +84,17 @@ class ImageData:
         """The true groups of a split; None without bias labels.
 
         Every split is aligned as the training images are: what a class's images there mostly show
-        is the shortcut, whatever a test set shows. Numbers of y and a need not correspond.
+        is the shortcut, whatever a test set shows.
         """
         if self.biases is None:
             return None
         train, part = self.splits["train"], self.splits[split]
-        sizes = {"num_classes": len(self.classes), "num_biases": len(self.biases)}
-        groups = Groups.from_labels(
+        groups = training_groups(
             train.y,
             train.a,
             class_names=self.classes,
             bias_names=self.biases,
-            aligned_bias=self.aligned_bias or majority_bias(train.y, train.a, **sizes),
+            aligned_bias=self.aligned_bias,
         )
         return groups.with_labels(part.y, part.a)
 
