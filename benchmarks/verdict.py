@@ -13,17 +13,22 @@ of one core.
 """
 
 import argparse
+import csv
 import json
+import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from finished import read_rows, write_rows
 from PIL import Image
 
 from ddb_fast.data.digits import digits
+from ddb_fast.metrics import auroc
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:
@@ -34,28 +39,30 @@ def write_image(path: Path, pixels: np.ndarray) -> None:
 
 def write_set(
     root: Path, rho: float, draw: int, *, mislabelled: float, noise: float, classes: int
-) -> dict[str, bool]:
-    """Write the training and validation images; whether each training path is in conflict.
+) -> dict[str, str]:
+    """Write the training and validation images; which KIND each training path is of.
 
     mislabelled: share of the images that stand in the next class's folder. noise: standard
     deviation of what is added to every pixel, of 255. classes: a divisor of ten; a colour is in
     conflict where it is of another class's digits.
     """
-    conflicting = {}
+    kinds = {}
     strangers, static = np.random.default_rng(draw), np.random.default_rng([draw, 1])
     for entry in digits(rho, draw=draw).entries:
         if entry.split == "test":
             continue
         own, colour = (number * classes // 10 for number in (entry.y, entry.a))
-        y = (own + (strangers.random() < mislabelled)) % classes
+        strange = strangers.random() < mislabelled
+        y = (own + strange) % classes
         path = Path(entry.split, str(y), Path(entry.path).name)
         write_image(root / path, entry.pixels + static.normal(0, noise, entry.pixels.shape))
         if entry.split == "train":
-            conflicting[path.as_posix()] = colour != own
-    return conflicting
+            kind = "mislabelled" if strange else "conflicting" if colour != own else "usual"
+            kinds[path.as_posix()] = kind
+    return kinds
 
 
-def write_overlapping(root: Path, rho: float | None, draw: int, minority: float) -> dict[str, bool]:
+def write_overlapping(root: Path, rho: float | None, draw: int, minority: float) -> dict[str, str]:
     """Two classes of 1,000 images together that differ in how bright they are.
 
     Their grey levels, 110 and 145 with a standard deviation of 20 each, overlap: who knows both
@@ -66,7 +73,7 @@ def write_overlapping(root: Path, rho: float | None, draw: int, minority: float)
     generator = np.random.default_rng(draw)
     rows, columns = np.mgrid[:16, :16]
     colours = {"bright": (255, 0, 0), "dark": (0, 0, 255)}
-    conflicting = {}
+    kinds = {}
     for name, mean, share in (("bright", 145, minority), ("dark", 110, 1 - minority)):
         other = colours["dark" if name == "bright" else "bright"]
         for number in range(round(1000 * share)):
@@ -77,9 +84,9 @@ def write_overlapping(root: Path, rho: float | None, draw: int, minority: float)
             image[(rows - row) ** 2 + (columns - column) ** 2 <= 4] = dot
             image += generator.normal(0, 4, image.shape)
             path = Path("train", name, f"{number:03d}.png")
-            conflicting[path.as_posix()] = strange
+            kinds[path.as_posix()] = "conflicting" if strange else "usual"
             write_image(root / path, image)
-    return conflicting
+    return kinds
 
 
 SAID = {
@@ -92,13 +99,23 @@ SAID = {
 """How each verdict begins."""
 
 
-def row_of(run: Path, conflicting: dict[str, bool]) -> dict[str, Any]:
-    """What the run's verdict says, and how well the images it rests on are the conflicting ones."""
+def told_apart(table: Path, kinds: dict[str, str]) -> float | None:
+    """How well the standing tells conflicting images at odds from mislabelled ones: AUROC."""
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = [(kinds[row["path"]], float(row["standing"])) for row in csv.DictReader(file)]
+    conflicting = torch.tensor([kind == "conflicting" for kind, _ in rows if kind != "usual"])
+    value = auroc(torch.tensor([s for kind, s in rows if kind != "usual"]), conflicting)
+    return None if math.isnan(value) else value
+
+
+def row_of(run: Path, kinds: dict[str, str]) -> dict[str, Any]:
+    """What the run's verdict says, and how it orders the images at odds."""
     verdict = json.loads((run / "results.json").read_text("utf-8"))["verdict"]
     _, unanimous, separable, generator, shared = verdict["checks"]
+    counts = Counter(kinds.values())
     return {
-        "conflicting": sum(conflicting.values()),
-        "training_images": len(conflicting),
+        "conflicting": counts["conflicting"],
+        "training_images": len(kinds),
         "said": next(s for start, s in SAID.items() if verdict["sentences"][0].startswith(start)),
         "unanimous": unanimous["value"],
         "gain": separable["value"],
@@ -106,6 +123,9 @@ def row_of(run: Path, conflicting: dict[str, bool]) -> dict[str, Any]:
         "excess_errors": generator["value"],
         "shared": shared["value"],
         "at_odds": verdict["suspicious"]["count"],
+        "told_apart": told_apart(run / "audit" / "at_odds.csv", kinds)
+        if counts["mislabelled"]
+        else None,
     }
 
 
@@ -115,8 +135,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| images | classes | rho | generator's images | in conflict | sets | bias found |"
         " may be | not shown | none found | cannot tell | unanimous errors |"
-        " gain / its standard error |",
-        "|---" * 13 + "|",
+        " gain / its standard error | conflicting from mislabelled, AUROC |",
+        "|---" * 14 + "|",
     ]
 
     def kind(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -139,6 +159,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         words += [f"{100 * told['mislabelled']:g} % mislabelled"] if told["mislabelled"] else []
         shares = [100 * r["unanimous"] for r in of_kind if r["unanimous"] is not None]
         gains = [2 * r["gain"] / r["two_standard_errors"] for r in of_kind if r["gain"] is not None]
+        areas = [r["told_apart"] for r in of_kind if r["told_apart"] is not None]
         cells = (
             ", ".join(words),
             told["classes"],
@@ -149,6 +170,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             *(sum(r["said"] == said for r in of_kind) for said in SAID.values()),
             span(shares, "{:.0f}") + " %" if shares else "no error",
             span(gains, "{:+.1f}") if gains else "-",
+            span(areas, "{:.3f}") if areas else "-",
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
@@ -159,10 +181,10 @@ def one_set(told: dict[str, Any], work: Path, file: Path, threads: int) -> None:
     folder = work / "-".join(f"{name}{value:g}" for name, value in told.items() if value)
     images, rho, draw = folder / "images", told["rho"], told["draw"]
     if told["overlapping"]:
-        conflicting = write_overlapping(images, rho, draw, told["minority"])
+        kinds = write_overlapping(images, rho, draw, told["minority"])
     else:
         how = {name: told[name] for name in ("mislabelled", "noise", "classes")}
-        conflicting = write_set(images, rho, draw, **how)
+        kinds = write_set(images, rho, draw, **how)
     fields = {
         "data": images,
         "data.source": "folder",
@@ -179,7 +201,7 @@ def one_set(told: dict[str, Any], work: Path, file: Path, threads: int) -> None:
     command = [sys.executable, "-m", "ddb_fast.cli", "run", "digits", *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     # Read again: another process may have added its rows meanwhile.
-    row = {**told, **row_of(folder / "run", conflicting)}
+    row = {**told, **row_of(folder / "run", kinds)}
     write_rows(file, [*read_rows(file), row])
     print(json.dumps(row), flush=True)
 

@@ -1,11 +1,14 @@
 """What is trained for the verdict: a second amplifier, and networks on parts of the real images.
 
 All have the amplifier's network and length, and first weights of their own. What each says of the
-real training images is kept in `audit/predictions.safetensors`; `ddb_fast.verdict` judges.
+real training images is kept in `audit/predictions.safetensors`; `ddb_fast.verdict` judges. Beside
+it `audit/at_odds.csv` lists the images at odds.
 """
 
+import csv
+import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,8 @@ from ddb_fast.verdict import NONE, agreed, standing
 logger = logging.getLogger(__name__)
 
 FOLDS = 4
+AT_ODDS = ("index", "path", "y", "predicted", "standing")
+"""Columns of `audit/at_odds.csv`."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,14 +42,16 @@ class Opinions:
 
     amplifier, again: int64, classes that the run's amplifier names and one of other first weights
     and order, both trained on the synthetic images; erm: int64, classes that networks trained on
-    real images name, each image judged by one that has not seen it. gain: fp32, by how much an
-    image at odds stands higher (`ddb_fast.verdict.standing`) with networks that saw images at odds
-    as often as the others of their class than with erm; NaN for other images.
+    real images name, each image judged by one that has not seen it. standing: fp32 in 0..1, where
+    an image at odds stands (`ddb_fast.verdict.standing`) with such networks that met images at odds
+    as often as the others of their class; gain: fp32, by how much that is higher than with erm.
+    Both are NaN for other images.
     """
 
     amplifier: Tensor
     again: Tensor
     erm: Tensor
+    standing: Tensor
     gain: Tensor
 
 
@@ -139,6 +146,7 @@ def gather_opinions(
         "amplifier": kept("amplifier", the_amplifier, everything).argmax(1),
         "again": kept("again", another, everything).argmax(1),
         "erm": torch.empty_like(y),
+        "standing": torch.full(y.shape, torch.nan),
         "gain": torch.full(y.shape, torch.nan),
     }
     taken = agreed(said["amplifier"], said["again"])
@@ -154,17 +162,33 @@ def gather_opinions(
         # From the same first weights: what differs is how often images at odds are met.
         positions = others[halves(odd[others], y[others])]
         rebalanced = judged(f"rebalanced {part}", positions, seed, rows)
-        stand = [standing(logits, y[rows], taken[rows]) for logits in (rebalanced, erm)]
-        said["gain"][rows] = (stand[0] - stand[1]).float()
+        stand, before = (standing(logits, y[rows], taken[rows]) for logits in (rebalanced, erm))
+        said["standing"][rows], said["gain"][rows] = stand.float(), (stand - before).float()
     if accelerator.is_main_process:
         checkpoint.save_tensors(folder / "predictions.safetensors", said, {})
+        checkpoint.write_atomically(folder / "at_odds.csv", at_odds_table(said, y, train.paths))
+
+
+def at_odds_table(said: Mapping[str, Tensor], y: Tensor, paths: Sequence[str]) -> str:
+    """The images at odds as CSV: where they lie, their class, the one they look like, and standing.
+
+    Those whose own class shows least come first: they are the likeliest to be mislabelled.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(AT_ODDS)
+    found = (~said["standing"].isnan()).nonzero()[:, 0]
+    for index in found[said["standing"][found].argsort(stable=True)].tolist():
+        stand = f"{said['standing'][index]:.4f}"
+        writer.writerow((index, paths[index], int(y[index]), int(said["amplifier"][index]), stand))
+    return text.getvalue()
 
 
 def read_opinions(folder: Path) -> Opinions | None:
     """What `gather_opinions` wrote; None, and a warning, where an older version did."""
     path = folder / "predictions.safetensors"
     said, _ = checkpoint.load_tensors(path)
-    if "gain" not in said:
+    if "standing" not in said:
         logger.warning(
             "%s: of an older version, no verdict; a run with another --out has one", path
         )

@@ -5,6 +5,7 @@ no script and may load nothing.
 """
 
 import base64
+import csv
 import io
 import json
 import logging
@@ -42,6 +43,8 @@ GROUPS, MORE_GROUPS = 10, 200
 """Groups in the table of methods, and in the one that opens below it."""
 PAIRS, NEAREST = 12, 6
 """Possible copies shown, and the nearest pairs where there is none."""
+ODD = 9
+"""Images at odds shown whose own class shows most, and least."""
 PANELS, LINES, POINTS = 20, 10, 200
 """Curves: stages, seeds of a stage, points of a line."""
 LOSSLESS, LARGEST = 32, 96
@@ -216,6 +219,34 @@ def lead(results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _told_apart(
+    folder: Path, verdict: dict[str, Any] | None, data: ImageData
+) -> list[dict[str, Any]]:
+    """Images at odds whose own class shows most and least; none where the audit could not tell."""
+    path = folder / "audit" / "at_odds.csv"
+    separable = verdict is not None and any(
+        check["name"] == "separable" and check["passed"] for check in verdict["checks"]
+    )
+    if not separable or not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    count = min(ODD, len(rows) // 2)
+    train, kinds = data.splits["train"], []
+    for least, some in ((False, rows[::-1][:count]), (True, rows[:count])):
+        images = []
+        for row in some:
+            own, other = (plain(data.classes[int(row[name])]) for name in ("y", "predicted"))
+            about = {"path": plain(row["path"]), "own": own, "other": other}
+            stand = f"{100 * float(row['standing']):.0f} %"
+            alt = f"real image {about['path']}, labelled {own}, taken for {other}, {stand}"
+            src = _data_uri(train.small[int(row["index"])])
+            brief = _brief(row["path"])
+            images.append({**about, "standing": stand, "alt": alt, "src": src, "brief": brief})
+        kinds.append({"least": least, "images": images})
+    return kinds
+
+
 def _memorised(
     found: dict[str, Any] | None, folder: Path, data: ImageData
 ) -> dict[str, Any] | None:
@@ -345,6 +376,7 @@ def write(folder: Path, config: RunConfig, data: ImageData, results: dict[str, A
         title=plain(data.name),
         results=results,
         verdict=results.get("verdict"),
+        told_apart=_told_apart(folder, results.get("verdict"), data),
         lead=lead(results, rows),
         classes=classes,
         rows=rows[:ROWS],

@@ -96,7 +96,10 @@ def _verdict(folder: Path, data: ImageData) -> dict[str, Any] | None:
     if not (folder / "predictions.safetensors").exists():
         return None
     y, opinions = data.splits["train"].y, read_opinions(folder)
-    return None if opinions is None else as_data(judge(y, **vars(opinions)), y, data.classes)
+    if opinions is None:
+        return None
+    said = {name: value for name, value in vars(opinions).items() if name != "standing"}
+    return as_data(judge(y, **said), y, data.classes)
 
 
 def _amplifier(scores: Scores, data: ImageData) -> dict[str, Any]:

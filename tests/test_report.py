@@ -25,6 +25,7 @@ from ddb_fast.data.digits import digits
 from ddb_fast.data.store import ImageData, Split
 from ddb_fast.memorisation import check_memorisation
 from ddb_fast.metrics import summarise, wilson_interval
+from ddb_fast.opinions import AT_ODDS
 from ddb_fast.presets import PRESETS
 from ddb_fast.trackers import read_log
 
@@ -361,6 +362,34 @@ def test_the_checks_are_a_table_where_there_is_a_verdict(tmp_path, hostile):
     for results in (results_of(), results_of(verdict=None)):
         _, page = written(tmp_path, config, data, results)
         assert page.all("section", id="checks") == page.all("section", id="copies") == []
+
+
+def test_images_at_odds_are_told_apart_where_the_audit_could(tmp_path, hostile):
+    config, data = planted(tmp_path, paths=[f"{HOSTILE[0]}{i}" for i in range(60)])
+    table = tmp_path / "audit" / "at_odds.csv"
+    table.parent.mkdir()
+    rows = [(i, f"{HOSTILE[0]}{i}", 0, 2, i / 20) for i in range(7)]
+    with table.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([AT_ODDS, *rows])
+    check = {"question": "?", "value": 0.1, "limit": 0.0}
+    for passed in (True, False):
+        checks = [{"name": "separable", "passed": passed, **check}]
+        verdict = hostile[3]["verdict"] | {"checks": checks}
+        text, page = written(tmp_path, config, data, results_of(verdict=verdict))
+        assert len(page.all("section", id="odds")) == len(page.all("a", href="#odds")) == passed
+        if not passed:
+            continue
+        section = re.search(r'<section id="odds">.*?</section>', text, re.S)[0]
+        kinds = re.findall(r"<h3>(.*?)</h3>(.*?)(?=<h3>|</section>)", section, re.S)
+        (most, first), (least, second) = kinds
+        assert most.endswith("shows most") and least.endswith("shows least")
+        standings = [re.findall(r"<span>(\d+) %</span>", part) for part in (first, second)]
+        assert standings == [["30", "25", "20"], ["0", "5", "10"]], "three of seven each"
+        part = Page(section)
+        shown = pixels(part.all("img")[0]["src"])
+        assert torch.equal(shown, data.splits["train"].small[6].reshape(-1, 3))
+        name = part.all("span", **{"class": "file"})[0]["title"]
+        assert name == report.plain(data.splits["train"].paths[6])
 
 
 def test_possible_copies_are_shown_side_by_side(hostile):

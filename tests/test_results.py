@@ -134,7 +134,8 @@ def test_what_is_said_of_amplifiers_generator_and_bias(tmp_path):
     made = {"images": torch.zeros(5, 3, 2, 2), "labels": torch.tensor([0, 0, 1, 1, 1])}
     save_tensors(tmp_path / "synthetic" / "images.safetensors", made, {})
     erm, again = torch.tensor([[0, 0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 1, 1, 0]])
-    said = {"amplifier": predicted, "again": again, "erm": erm, "gain": torch.full((7,), torch.nan)}
+    said = {"amplifier": predicted, "again": again, "erm": erm}
+    said |= dict.fromkeys(("standing", "gain"), torch.full((7,), torch.nan))
     save_tensors(tmp_path / "audit" / "predictions.safetensors", said, {})
     (tmp_path / "memorisation.json").write_text('{"excess": false}')
 

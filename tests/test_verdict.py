@@ -11,7 +11,15 @@ from sklearn.metrics import roc_auc_score
 
 from ddb_fast import checkpoint, opinions
 from ddb_fast.config import with_fields
-from ddb_fast.opinions import FOLDS, folds, gather_opinions, halves, read_opinions
+from ddb_fast.opinions import (
+    AT_ODDS,
+    FOLDS,
+    at_odds_table,
+    folds,
+    gather_opinions,
+    halves,
+    read_opinions,
+)
 from ddb_fast.presets import PRESETS
 from ddb_fast.verdict import NONE, agreed, as_data, judge, standing
 
@@ -307,7 +315,7 @@ def test_each_opinion_is_of_a_network_that_saw_none_of_the_images(monkeypatch, t
     y = torch.arange(16) % 2
     small = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1).repeat(1, 2, 2, 3)
     made = 100 + torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).repeat(1, 3, 2, 2)
-    labels = torch.arange(8) % 2
+    labels, paths = torch.arange(8) % 2, [f"a, {i}.png" for i in range(16)]
     checkpoint.save_tensors(tmp_path / "images.safetensors", {"images": made, "labels": labels}, {})
     trained, asked = {}, []
 
@@ -345,7 +353,7 @@ def test_each_opinion_is_of_a_network_that_saw_none_of_the_images(monkeypatch, t
         config=config,
         accelerator=SimpleNamespace(is_main_process=True, wait_for_everyone=nullcontext),
         data=SimpleNamespace(
-            splits={"train": SimpleNamespace(small=small, y=y)}, classes=("a", "b")
+            splits={"train": SimpleNamespace(small=small, y=y, paths=paths)}, classes=("a", "b")
         ),
         device=None,
     )
@@ -356,7 +364,13 @@ def test_each_opinion_is_of_a_network_that_saw_none_of_the_images(monkeypatch, t
     assert (said.amplifier != y).nonzero()[:, 0].tolist() == [0, 3]
     assert torch.equal(said.amplifier, said.again) and (said.erm == 2).all()
     assert said.gain[[0, 3]].tolist() == [0.5, 0.5], "from half of all to above all"
-    assert said.gain.isnan().sum() == 14
+    assert said.gain.isnan().sum() == 14 and torch.equal(said.gain.isnan(), said.standing.isnan())
+    assert said.standing[[0, 3]].tolist() == [1, 1]
+    assert (folder / "at_odds.csv").read_text("utf-8").splitlines() == [
+        "index,path,y,predicted,standing",
+        '0,"a, 0.png",0,1,1.0000',
+        '3,"a, 3.png",1,0,1.0000',
+    ]
     assert trained["again"].seen[100:].tolist() == [1] * 8
     fold = folds(y, seed=1)
     for part in range(FOLDS):
@@ -380,6 +394,18 @@ def test_each_opinion_is_of_a_network_that_saw_none_of_the_images(monkeypatch, t
     gather_opinions(context, **places, parts=tmp_path / "parts")
     assert not trained
     assert torch.equal(read_opinions(folder).gain.nan_to_num(-1), said.gain.nan_to_num(-1))
+
+
+def test_images_at_odds_are_listed_the_likeliest_mislabelled_first():
+    said = {"standing": torch.tensor([0.5, torch.nan, 0.25, 0.75]), "amplifier": Y[[9, 0, 90, 0]]}
+    text = at_odds_table(said, torch.tensor([1, 0, 2, 3]), ["p", "q", "r", "s"])
+    rows = [row.split(",") for row in text.splitlines()]
+    assert rows[0] == list(AT_ODDS)
+    assert rows[1:] == [
+        ["2", "r", "2", "5", "0.2500"],
+        ["0", "p", "1", "0", "0.5000"],
+        ["3", "s", "3", "0", "0.7500"],
+    ]
 
 
 def test_opinions_of_an_older_version_give_no_verdict(tmp_path, caplog):
