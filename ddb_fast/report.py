@@ -224,22 +224,25 @@ def _told_apart(
 ) -> list[dict[str, Any]]:
     """Images at odds whose own class shows most and least; none where the audit could not tell."""
     path = folder / "audit" / "at_odds.csv"
-    separable = verdict is not None and any(
-        check["name"] == "separable" and check["passed"] for check in verdict["checks"]
-    )
-    if not separable or not path.exists():
+    checks = {} if verdict is None else {check["name"]: check for check in verdict["checks"]}
+    unanimous = checks.get("unanimous", {"passed": False})["passed"]
+    if not unanimous or (checks["separable"]["value"] or 0) <= 0 or not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    count = min(ODD, len(rows) // 2)
+    count, seen = min(ODD, len(rows) // 2), Counter()
+    for row in rows:  # of equals, one of each class, then a second: many stand at 100 %
+        seen[row["y"], row["standing"]] += 1
+        row["turn"] = seen[row["y"], row["standing"]]
+    clearest = sorted(rows, key=lambda row: (-float(row["standing"]), row["turn"]))
     train, kinds = data.splits["train"], []
-    for least, some in ((False, rows[::-1][:count]), (True, rows[:count])):
+    for least, some in ((False, clearest[:count]), (True, rows[:count])):
         images = []
         for row in some:
             own, other = (plain(data.classes[int(row[name])]) for name in ("y", "predicted"))
             about = {"path": plain(row["path"]), "own": own, "other": other}
             stand = f"{100 * float(row['standing']):.0f} %"
-            alt = f"real image {about['path']}, labelled {own}, taken for {other}, {stand}"
+            alt = f"real image {about['path']}, labelled {own}, looks like {other}, {stand}"
             src = _data_uri(train.small[int(row["index"])])
             brief = _brief(row["path"])
             images.append({**about, "standing": stand, "alt": alt, "src": src, "brief": brief})

@@ -368,12 +368,18 @@ def test_images_at_odds_are_told_apart_where_the_audit_could(tmp_path, hostile):
     config, data = planted(tmp_path, paths=[f"{HOSTILE[0]}{i}" for i in range(60)])
     table = tmp_path / "audit" / "at_odds.csv"
     table.parent.mkdir()
-    rows = [(i, f"{HOSTILE[0]}{i}", 0, 2, i / 20) for i in range(7)]
+    # The last four stand alike, three of them of class 0: one of each class comes first.
+    stands = [0, 0.05, 0.1, 0.3, 0.3, 0.3, 0.3]
+    rows = [(i, f"{HOSTILE[0]}{i}", int(i == 5), 2, stand) for i, stand in enumerate(stands)]
     with table.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([AT_ODDS, *rows])
-    check = {"question": "?", "value": 0.1, "limit": 0.0}
-    for passed in (True, False):
-        checks = [{"name": "separable", "passed": passed, **check}]
+    check = {"question": "?", "limit": 0.05}
+    for unanimous, gain, passed in ((True, 0.1, True), (True, 0.01, True), (True, -0.01, False),
+                                    (True, None, False), (False, 0.1, False)):  # fmt: skip
+        checks = [
+            {"name": "unanimous", "passed": unanimous, "value": 0.9, **check},
+            {"name": "separable", "passed": gain == 0.1, "value": gain, **check},
+        ]
         verdict = hostile[3]["verdict"] | {"checks": checks}
         text, page = written(tmp_path, config, data, results_of(verdict=verdict))
         assert len(page.all("section", id="odds")) == len(page.all("a", href="#odds")) == passed
@@ -383,13 +389,14 @@ def test_images_at_odds_are_told_apart_where_the_audit_could(tmp_path, hostile):
         kinds = re.findall(r"<h3>(.*?)</h3>(.*?)(?=<h3>|</section>)", section, re.S)
         (most, first), (least, second) = kinds
         assert most.endswith("shows most") and least.endswith("shows least")
-        standings = [re.findall(r"<span>(\d+) %</span>", part) for part in (first, second)]
-        assert standings == [["30", "25", "20"], ["0", "5", "10"]], "three of seven each"
-        part = Page(section)
-        shown = pixels(part.all("img")[0]["src"])
-        assert torch.equal(shown, data.splits["train"].small[6].reshape(-1, 3))
-        name = part.all("span", **{"class": "file"})[0]["title"]
-        assert name == report.plain(data.splits["train"].paths[6])
+        standings = [re.findall(r"own class (\d+) %</span>", part) for part in (first, second)]
+        assert standings == [["30"] * 3, ["0", "5", "10"]], "three of seven each"
+        part, chosen = Page(section), (3, 5, 4, 0, 1, 2)
+        names = [span["title"] for span in part.all("span", **{"class": "file"})]
+        assert names == [report.plain(data.splits["train"].paths[i]) for i in chosen]
+        for image, i in zip(part.all("img"), chosen, strict=True):
+            small = data.splits["train"].small[i].reshape(-1, 3)
+            assert torch.equal(pixels(image["src"]), small)
 
 
 def test_possible_copies_are_shown_side_by_side(hostile):
