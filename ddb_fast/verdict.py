@@ -216,11 +216,11 @@ def sentences(verdict: Verdict, count: int) -> list[str]:
             "something else shows what they are. Some may be mislabelled all the same: look at "
             "them.",
         ]
-    if unanimous.passed and separable.value is not None and separable.value <= 0:
+    if unanimous.passed and separable.value is not None and separable.value < -separable.limit:
         return [
             f"No bias is shown, though {odds}",
             agree,
-            "But a network that meets them more often tells them from that class no better: as "
+            "But a network that meets them more often tells them from that class less well: as "
             "where labels are wrong, or where nothing tells the classes apart. Look at them.",
         ]
     if unanimous.passed:

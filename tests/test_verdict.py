@@ -224,8 +224,8 @@ def test_a_bias_is_found_only_where_its_images_gain_by_being_met_more_often():
         (0.068, True, "A bias was found: 10 of 100"),
         (0.066, None, "There may be a bias: 10 of 100"),
         (0.001, None, "There may be a bias: 10 of 100"),
-        (-0.001, None, "No bias is shown, though 10 of 100"),
-        (-0.3, None, "No bias is shown, though 10 of 100"),
+        (-0.066, None, "There may be a bias: 10 of 100"),
+        (-0.068, None, "No bias is shown, though 10 of 100"),
     ):
         verdict = judged(Y, said, mean=mean)
         assert verdict.found is found
