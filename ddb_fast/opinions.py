@@ -95,7 +95,9 @@ def gather_opinions(
         """The logits of training images `rows`; every process reads what one of them wrote."""
         path = parts / f"{name}.safetensors"
         accelerator.wait_for_everyone()
-        if not path.exists():
+        there = path.exists()
+        accelerator.wait_for_everyone()  # nobody writes before all have looked
+        if not there:
             network = asked()
             if accelerator.is_main_process:
                 logits = logits_of(
