@@ -113,6 +113,7 @@ def row_of(run: Path, kinds: dict[str, str]) -> dict[str, Any]:
     verdict = json.loads((run / "results.json").read_text("utf-8"))["verdict"]
     _, unanimous, separable, generator, shared = verdict["checks"]
     counts = Counter(kinds.values())
+    biased = counts["mislabelled"] and counts["conflicting"] < len(kinds) / 2
     return {
         "conflicting": counts["conflicting"],
         "training_images": len(kinds),
@@ -123,9 +124,7 @@ def row_of(run: Path, kinds: dict[str, str]) -> dict[str, Any]:
         "excess_errors": generator["value"],
         "shared": shared["value"],
         "at_odds": verdict["suspicious"]["count"],
-        "told_apart": told_apart(run / "audit" / "at_odds.csv", kinds)
-        if counts["mislabelled"]
-        else None,
+        "told_apart": told_apart(run / "audit" / "at_odds.csv", kinds) if biased else None,
     }
 
 
