@@ -1,8 +1,9 @@
 """The forwards and the attention processor that `optimize` puts in the place of other people's.
 
 Each looks again at every call whether it still may do several modules' work in one op: if a norm or
-an activation has since got a hook or been exchanged, the class's own forward runs. Sub-modules are
-called as modules, so that their hooks, adapters and offloading work as before.
+an activation has since got a hook or been exchanged, the class's own forward runs. So it does where
+that is not `own` any more, the one in whose place ours was put. Sub-modules are called as modules,
+so that their hooks, adapters and offloading work as before.
 """
 
 from collections.abc import Callable
@@ -12,16 +13,27 @@ from torch import Tensor, nn
 
 from .ops import MAX_HEAD_DIM, attention, attention_qkv, group_norm
 
+# Torch's own, in whose place a tool that scales, logs or quantises may put others at any time.
+_GROUP_NORM, _SILU, _DROPOUT = nn.GroupNorm.forward, nn.SiLU.forward, nn.Dropout.forward
 
-def norm(self: nn.GroupNorm, input: Tensor, **fused: Any) -> Tensor:
+Own = Callable[..., Any]
+
+
+def norm(self: nn.GroupNorm, own: Own, input: Tensor, **fused: Any) -> Tensor:
     """nn.GroupNorm; `fused` are keywords of `group_norm`, from the forwards below."""
-    if input.numel() == 0 and input.shape[0] > 0:  # no pixels: our op refuses, torch's does not
+    if (
+        type(self).forward is not own
+        or nn.GroupNorm.forward is not _GROUP_NORM  # what GroupNorm32's calls
+        or (input.numel() == 0 and input.shape[0] > 0)  # no pixels: our op refuses, torch's not
+    ):
         return type(self).forward(self, input)
     return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **fused)
 
 
-def sequential(self: nn.Sequential, input: Tensor) -> Tensor:
+def sequential(self: nn.Sequential, own: Own, input: Tensor) -> Tensor:
     """nn.Sequential with each group norm and the SiLU that follows it in one op."""
+    if type(self).forward is not own:
+        return type(self).forward(self, input)
     layers = list(self)
     while layers:
         layer = layers.pop(0)
@@ -34,13 +46,13 @@ def sequential(self: nn.Sequential, input: Tensor) -> Tensor:
 
 
 def resnet_block(
-    self: nn.Module, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any
+    self: nn.Module, own: Own, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any
 ) -> Tensor:
     """ResnetBlock2D of diffusers; further arguments are deprecated there, theirs says so."""
     fuses = _fuses(self.norm1, self.nonlinearity) and _fuses(
         self.norm2, self.nonlinearity, self.dropout
     )
-    if args or kwargs or not fuses:
+    if args or kwargs or not fuses or type(self).forward is not own:
         return type(self).forward(self, input_tensor, temb, *args, **kwargs)
 
     x, h = input_tensor, self.norm1(input_tensor, activation="silu")
@@ -68,14 +80,15 @@ def resnet_block(
     return y if self.output_scale_factor == 1 else y / self.output_scale_factor
 
 
-def res_block(self: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+def res_block(self: nn.Module, own: Own, x: Tensor, emb: Tensor) -> Tensor:
     """ResBlock of guided-diffusion: (N, C, *spatial) and (N, E)."""
+    # The checkpointed half of their forward, where there is one.
+    cls = type(self)
+    theirs = getattr(cls, "_forward", cls.forward)
     first, second = list(self.in_layers), list(self.out_layers)
     usual = len(first) == 3 and len(second) == 4 and not hooked(self.in_layers, self.out_layers)
-    if not (usual and _fuses(*first[:2]) and _fuses(*second[:3])):
-        # The checkpointed half of their forward, where there is one.
-        cls = type(self)
-        return getattr(cls, "_forward", cls.forward)(self, x, emb)
+    if theirs is not own or not (usual and _fuses(*first[:2]) and _fuses(*second[:3])):
+        return theirs(self, x, emb)
 
     (norm1, _, conv1), (norm2, _, dropout, conv2) = first, second
     h = norm1(x, activation="silu")
@@ -86,23 +99,23 @@ def res_block(self: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
     return self.skip_connection(x) + conv2(h)
 
 
-def qkv_attention(self: nn.Module, qkv: Tensor) -> Tensor:
+def qkv_attention(self: nn.Module, own: Own, qkv: Tensor) -> Tensor:
     """QKVAttention of guided-diffusion: (N, 3 * H * D, T), packed [3, H, D], -> (N, H * D, T)."""
-    if qkv.shape[1] // (3 * self.n_heads) > MAX_HEAD_DIM:
+    if type(self).forward is not own or qkv.shape[1] // (3 * self.n_heads) > MAX_HEAD_DIM:
         return type(self).forward(self, qkv)
     return attention_qkv(qkv.mT.contiguous(), self.n_heads).mT
 
 
-def qkv_attention_of_one_head(self: nn.Module, qkv: Tensor) -> Tensor:
+def qkv_attention_of_one_head(self: nn.Module, own: Own, qkv: Tensor) -> Tensor:
     """QKVAttention of improved-diffusion, whose caller has dealt the heads out to N."""
-    if qkv.shape[1] // 3 > MAX_HEAD_DIM:
+    if type(self).forward is not own or qkv.shape[1] // 3 > MAX_HEAD_DIM:
         return type(self).forward(self, qkv)
     return attention_qkv(qkv.mT.contiguous(), 1).mT
 
 
-def qkv_attention_legacy(self: nn.Module, qkv: Tensor) -> Tensor:
+def qkv_attention_legacy(self: nn.Module, own: Own, qkv: Tensor) -> Tensor:
     """QKVAttentionLegacy of guided-diffusion: the same, packed [H, 3, D]."""
-    if qkv.shape[1] // (3 * self.n_heads) > MAX_HEAD_DIM:
+    if type(self).forward is not own or qkv.shape[1] // (3 * self.n_heads) > MAX_HEAD_DIM:
         return type(self).forward(self, qkv)
     heads = qkv.mT.contiguous().unflatten(2, (self.n_heads, 3, -1))
     q, k, v = heads.permute(3, 0, 2, 1, 4).unbind(0)
@@ -112,8 +125,9 @@ def qkv_attention_legacy(self: nn.Module, qkv: Tensor) -> Tensor:
 class KernelAttnProcessor:
     """AttnProcessor2_0 of diffusers with this package's attention; `owner` is what it replaced.
 
-    A call with a mask, or with arguments that are deprecated there, goes to the owner. Without one,
-    as diffusers makes processors anew when it loads an IP-Adapter, the owner is AttnProcessor2_0.
+    A call with a mask, with arguments that are deprecated there, or of an attention that has got
+    more norms since goes to the owner. Without one, as diffusers makes processors anew when it
+    loads an IP-Adapter, the owner is AttnProcessor2_0.
     """
 
     def __init__(self, owner: Callable[..., Tensor] | None = None):
@@ -121,7 +135,7 @@ class KernelAttnProcessor:
             from diffusers.models.attention_processor import AttnProcessor2_0
 
             owner = AttnProcessor2_0()
-        self.owner = owner
+        self.owner, self.own = owner, type(owner).__call__
 
     def __call__(
         self,
@@ -133,7 +147,16 @@ class KernelAttnProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        if attention_mask is not None or args or kwargs.get("scale") is not None:
+        if (
+            attention_mask is not None
+            or args
+            or kwargs.get("scale") is not None
+            or attn.norm_q is not None
+            or attn.norm_k is not None
+            or attn.norm_cross is not None
+            or attn.spatial_norm is not None
+            or type(self.owner).__call__ is not self.own
+        ):
             return self.owner(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
             )
@@ -189,12 +212,25 @@ _FORWARDS = (
 
 
 def _fuses(layer: nn.Module, activation: nn.Module, dropout: nn.Module | None = None) -> bool:
-    swallowed = (activation,) if dropout is None else (activation, dropout)
+    if not (_is_ours(layer) and type(activation) is nn.SiLU and nn.SiLU.forward is _SILU):
+        return False
+    if dropout is None:
+        return not hooked(layer, activation)
     return (
-        getattr(vars(layer).get("forward"), "func", None) is norm
-        and type(activation) is nn.SiLU
-        and (dropout is None or type(dropout) is nn.Dropout)
-        and not hooked(layer, *swallowed)
+        type(dropout) is nn.Dropout
+        and nn.Dropout.forward is _DROPOUT
+        and 0 <= dropout.p < 1
+        and not hooked(layer, activation, dropout)
+    )
+
+
+def _is_ours(layer: nn.Module) -> bool:
+    """Tell whether `norm` runs, in the place of what is still the class's own."""
+    forward = vars(layer).get("forward")
+    return (
+        getattr(forward, "func", None) is norm
+        and type(layer).forward is forward.args[1]
+        and nn.GroupNorm.forward is _GROUP_NORM
     )
 
 

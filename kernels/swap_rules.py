@@ -207,7 +207,7 @@ RULES = (resnet_block, res_block, sequential, attention, qkv_attention, norm)
 
 def _put(module: nn.Module, function: Callable[..., Any], method: str = "forward") -> None:
     # Unlike a bound method, a partial can be pickled; deepcopy binds both to the copy.
-    setattr(module, method, functools.partial(function, module))
+    setattr(module, method, functools.partial(function, module, getattr(type(module), method)))
 
 
 def _name(module: nn.Module) -> str:

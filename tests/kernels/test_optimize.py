@@ -9,6 +9,7 @@ import torch
 from foreign_networks import (
     GroupNorm32,
     Guided,
+    QKVAttentionLegacy,
     ResBlock,
     assert_same,
     conditional,
@@ -215,6 +216,27 @@ def test_a_forward_put_on_an_activation_runs():
             (entry,) = optimize(model).left
             assert entry.what == "1: its forward was replaced on the instance"
         torch.testing.assert_close(model(x), original(x))
+
+
+@pytest.mark.parametrize(
+    ("build", "given", "cls", "method"),
+    (
+        (plain, lambda: {"input": torch.randn(2, 3, 5, 7)}, nn.GroupNorm, "forward"),
+        (plain, lambda: {"input": torch.randn(2, 3, 5, 7)}, nn.SiLU, "forward"),
+        (plain, lambda: {"input": torch.randn(2, 3, 5, 7)}, nn.Sequential, "forward"),
+        (Guided, guided_inputs, nn.GroupNorm, "forward"),
+        (Guided, guided_inputs, nn.Dropout, "forward"),
+        (Guided, guided_inputs, GroupNorm32, "forward"),
+        (Guided, guided_inputs, ResBlock, "_forward"),
+        (Guided, guided_inputs, QKVAttentionLegacy, "forward"),
+    ),
+)
+def test_a_forward_replaced_on_its_class_later_runs(monkeypatch, build, given, cls, method):
+    model, original = pair(build())
+    optimize(model)
+    known = getattr(cls, method)
+    monkeypatch.setattr(cls, method, lambda *args, **named: 2 * known(*args, **named))
+    assert_same(model, original, **given())
 
 
 def test_hooks_that_come_later_fire_too():

@@ -367,6 +367,59 @@ def test_a_resnet_block_that_is_wrapped_stays(monkeypatch):
     torch.testing.assert_close(model(x, embedding), expected)
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "method"),
+    (
+        ("resnet", "ResnetBlock2D", "forward"),
+        ("attention_processor", "AttnProcessor2_0", "__call__"),
+    ),
+)
+def test_what_is_replaced_on_its_class_later_runs(monkeypatch, module, name, method):
+    cls = getattr(pytest.importorskip(f"diffusers.models.{module}"), name)
+    model, original = pair(unet_2d())
+    optimize(model)
+    known = getattr(cls, method)
+    monkeypatch.setattr(cls, method, lambda *args, **named: 2 * known(*args, **named))
+    assert_same(model, original, **image())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "shape", "given"),
+    (
+        ("norm_q", {"qk_norm": "layer_norm"}, (2, 5, 32), {}),
+        ("norm_k", {"qk_norm": "layer_norm"}, (2, 5, 32), {}),
+        (
+            "norm_cross",
+            {"cross_attention_norm": "layer_norm"},
+            (2, 5, 32),
+            {"encoder_hidden_states": (2, 3, 32)},
+        ),
+        ("spatial_norm", {"spatial_norm_dim": 8}, (2, 32, 4, 4), {"temb": (2, 8, 4, 4)}),
+    ),
+)
+def test_a_norm_that_attention_gets_later_runs(name, arguments, shape, given):
+    attention = pytest.importorskip("diffusers.models.attention_processor").Attention
+    model, original = pair(attention(32, heads=2, dim_head=16))
+    assert not optimize(model).left
+    later = getattr(attention(32, heads=2, dim_head=16, **arguments), name)
+    for net in (model, original):
+        setattr(net, name, later)
+    x, given = torch.randn(shape), {key: torch.randn(size) for key, size in given.items()}
+    assert torch.equal(model(x, **given), original(x, **given))
+
+
+def test_dropout_that_drops_everything_later():
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    block = resnet.ResnetBlock2D(in_channels=8, temb_channels=None, groups=2, dropout=0.1)
+    model, original = pair(block)
+    optimize(model)
+    model.dropout.p = original.dropout.p = 1.0
+    x = torch.randn(2, 8, 4, 4)
+    for training in (True, False):
+        expected = original.train(training)(x, None)
+        torch.testing.assert_close(model.train(training)(x, None), expected)
+
+
 def test_processors_are_made_anew_without_their_owner():
     """As diffusers does where it loads an IP-Adapter: `processor.__class__()`."""
     model, original = pair(conditional())
