@@ -4,7 +4,7 @@ Order of precedence: the `backend=` argument, `use_backend(...)`, the environmen
 `DDB_FAST_BACKEND` ("group_norm=torch,attention=reference", read at the first call), automatic. A
 backend asked for by name runs or raises ValueError with its reasons. Automatic takes what was
 measured fastest for the class of shapes (`tuned.py`), else the first of a fixed order; in either
-case one that has no reason not to.
+case one that has no reason not to. Under `torch.export` it takes torch's own operators.
 
 `torch.compile` resolves the choice while it traces: a compiled graph keeps the backends it was
 traced with, so `use_backend` belongs around the first call.
@@ -115,6 +115,8 @@ def choose(
         if reasons := backend.why_not(op, *arguments):
             raise ValueError(f"{op}: backend {name!r} cannot run this: {'; '.join(reasons)}")
         return backend.ops[op]
+    if torch.compiler.is_exporting():
+        return _exported(op, arguments[0])
     refused = []
     for name in automatic(op, *arguments, gradients=gradients):
         backend = _backend(name)
@@ -125,6 +127,13 @@ def choose(
             _log_once(op, name, reason)
             refused.append(f"{name}: {reason}")
     raise ValueError(f"{op}: no backend can run this: {'; '.join(refused)}")
+
+
+def _exported(op: str, x: torch.Tensor) -> Callable[..., Any]:
+    """What automatic takes for a program that others load, in whatever sizes they have."""
+    usual = "native" if x.device.type == "cpu" else "triton"
+    _log_once(op, usual, "an exported program gets torch's own operators, which are everywhere")
+    return _backend("torch").ops[op]
 
 
 def automatic(op: str, *arguments: Any, gradients: bool | None = None) -> tuple[str, ...]:

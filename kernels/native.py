@@ -53,7 +53,18 @@ def _load() -> str | None:
     return _unavailable
 
 
+def _need() -> None:
+    """Load the library for a program that was exported, which nobody asks first whether it can run.
+
+    A backward follows its forward.
+    """
+    if (reason := _load()) is not None:
+        raise RuntimeError(reason)
+
+
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    if _unavailable is not None:
+        _need()
     return torch.ops.ddb_fast_native.group_norm.default(*arguments)
 
 
@@ -66,6 +77,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, T
     o = empty_like_tokens(*q.shape, q)
     # Of each row its largest score, and the sum of the exponentials below it.
     statistics = q.new_empty((*q.shape[:3], 2), dtype=torch.float32)
+    if _unavailable is not None:
+        _need()
     torch.ops.ddb_fast_native.attention.default(q, k, v, o, statistics, scale)
     return o, statistics
 
