@@ -9,9 +9,11 @@ so that their hooks, adapters and offloading work as before.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .ops import MAX_HEAD_DIM, attention, attention_qkv, group_norm
+from .tracing import transforming
 
 # Torch's own, in whose place a tool that scales, logs or quantises may put others at any time.
 _GROUP_NORM, _SILU, _DROPOUT = nn.GroupNorm.forward, nn.SiLU.forward, nn.Dropout.forward
@@ -19,14 +21,21 @@ _GROUP_NORM, _SILU, _DROPOUT = nn.GroupNorm.forward, nn.SiLU.forward, nn.Dropout
 Own = Callable[..., Any]
 
 
-def norm(self: nn.GroupNorm, own: Own, input: Tensor, **fused: Any) -> Tensor:
-    """nn.GroupNorm; `fused` are keywords of `group_norm`, from the forwards below."""
+def norm(
+    self: nn.GroupNorm, own: Own, input: Tensor, *, keep_layout: bool = False, **fused: Any
+) -> Tensor:
+    """nn.GroupNorm, with its result's layout; keywords are from the forwards below.
+
+    keep_layout: leave it to `group_norm`, where nobody else sees the result. `fused` is handed on.
+    """
     if (
         type(self).forward is not own
         or nn.GroupNorm.forward is not _GROUP_NORM  # what GroupNorm32's calls
         or (input.numel() == 0 and input.shape[0] > 0)  # no pixels: our op refuses, torch's not
     ):
         return type(self).forward(self, input)
+    if not (keep_layout or input.is_contiguous()):
+        input = _as_torch_lays(input)
     return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **fused)
 
 
@@ -55,7 +64,7 @@ def resnet_block(
     if args or kwargs or not fuses or type(self).forward is not own:
         return type(self).forward(self, input_tensor, temb, *args, **kwargs)
 
-    x, h = input_tensor, self.norm1(input_tensor, activation="silu")
+    x, h = input_tensor, self.norm1(input_tensor, keep_layout=True, activation="silu")
     if self.upsample is not None:
         if h.shape[0] >= 64:  # torch's channels_last upsampling fails on large tensors
             x, h = x.contiguous(), h.contiguous()
@@ -64,7 +73,8 @@ def resnet_block(
         x, h = self.downsample(x), self.downsample(h)
     h = self.conv1(h)
 
-    fused: dict[str, Any] = {"activation": "silu", "dropout_p": _probability(self.dropout)}
+    fused: dict[str, Any] = {"keep_layout": True, "activation": "silu"}
+    fused["dropout_p"] = _probability(self.dropout)
     kind = self.time_embedding_norm
     if self.time_emb_proj is not None and kind in ("default", "scale_shift"):
         temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
@@ -91,11 +101,12 @@ def res_block(self: nn.Module, own: Own, x: Tensor, emb: Tensor) -> Tensor:
         return theirs(self, x, emb)
 
     (norm1, _, conv1), (norm2, _, dropout, conv2) = first, second
-    h = norm1(x, activation="silu")
+    h = norm1(x, keep_layout=True, activation="silu")
     if getattr(self, "updown", False):
         h, x = self.h_upd(h), self.x_upd(x)
     h, embedding = _embedded(conv1(h), self.emb_layers(emb), self.use_scale_shift_norm)
-    h = norm2(h, **embedding, activation="silu", dropout_p=_probability(dropout))
+    p = _probability(dropout)
+    h = norm2(h, **embedding, keep_layout=True, activation="silu", dropout_p=p)
     return self.skip_connection(x) + conv2(h)
 
 
@@ -103,14 +114,14 @@ def qkv_attention(self: nn.Module, own: Own, qkv: Tensor) -> Tensor:
     """QKVAttention of guided-diffusion: (N, 3 * H * D, T), packed [3, H, D], -> (N, H * D, T)."""
     if type(self).forward is not own or qkv.shape[1] // (3 * self.n_heads) > MAX_HEAD_DIM:
         return type(self).forward(self, qkv)
-    return attention_qkv(qkv.mT.contiguous(), self.n_heads).mT
+    return attention_qkv(qkv.mT.contiguous(), self.n_heads).mT.contiguous()
 
 
 def qkv_attention_of_one_head(self: nn.Module, own: Own, qkv: Tensor) -> Tensor:
     """QKVAttention of improved-diffusion, whose caller has dealt the heads out to N."""
     if type(self).forward is not own or qkv.shape[1] // 3 > MAX_HEAD_DIM:
         return type(self).forward(self, qkv)
-    return attention_qkv(qkv.mT.contiguous(), 1).mT
+    return attention_qkv(qkv.mT.contiguous(), 1).mT.contiguous()
 
 
 def qkv_attention_legacy(self: nn.Module, own: Own, qkv: Tensor) -> Tensor:
@@ -119,7 +130,7 @@ def qkv_attention_legacy(self: nn.Module, own: Own, qkv: Tensor) -> Tensor:
         return type(self).forward(self, qkv)
     heads = qkv.mT.contiguous().unflatten(2, (self.n_heads, 3, -1))
     q, k, v = heads.permute(3, 0, 2, 1, 4).unbind(0)
-    return attention(q, k, v).transpose(1, 2).flatten(2).mT
+    return attention(q, k, v).transpose(1, 2).flatten(2).mT.contiguous()
 
 
 class KernelAttnProcessor:
@@ -162,8 +173,11 @@ class KernelAttnProcessor:
             )
         is_image = hidden_states.dim() == 4
         tokens = hidden_states.flatten(2).mT if is_image else hidden_states
-        if attn.group_norm is not None:
-            tokens = attn.group_norm(tokens.mT).mT
+        before, out = attn.group_norm, attn.to_out  # each costs half a microsecond
+        if before is not None:
+            # Torch's would move the tokens apart, which is for hooks to see.
+            ours = _is_ours(before) and not _has_hooks(before)
+            tokens = (before(tokens.mT, keep_layout=True) if ours else before(tokens.mT)).mT
         tokens = tokens.contiguous()  # of an image that is not channels_last: once, not thrice
         context = tokens if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = (
@@ -175,11 +189,12 @@ class KernelAttnProcessor:
             )
         )
         o = attention(q, k, v).transpose(1, 2).flatten(2)
-        o = attn.to_out[1](attn.to_out[0](o))
+        o = out[1](out[0](o))
         if is_image:
             o = o.mT.unflatten(2, hidden_states.shape[2:])
         if attn.residual_connection:
-            o = hidden_states + o  # in this order the sum has the layout of the input
+            # The sum has the layout of the first: an image that of the input, tokens lie together.
+            o = hidden_states + o if is_image else o + hidden_states
         return o if attn.rescale_output_factor == 1 else o / attn.rescale_output_factor
 
 
@@ -190,13 +205,15 @@ def installed(module: nn.Module, method: str = "forward") -> bool:
 
 def hooked(*modules: nn.Module) -> bool:
     """Tell whether any module has a hook of any kind, or a forward put on it that is not ours."""
-    return any(
-        ("forward" in vars(module) and not installed(module))
-        or module._forward_hooks
+    return any([("forward" in vars(m) and not installed(m)) or _has_hooks(m) for m in modules])
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        for module in modules
     )
 
 
@@ -214,13 +231,13 @@ _FORWARDS = (
 def _fuses(layer: nn.Module, activation: nn.Module, dropout: nn.Module | None = None) -> bool:
     if not (_is_ours(layer) and type(activation) is nn.SiLU and nn.SiLU.forward is _SILU):
         return False
-    if dropout is None:
-        return not hooked(layer, activation)
-    return (
+    if _has_hooks(layer) or hooked(activation):
+        return False
+    return dropout is None or (
         type(dropout) is nn.Dropout
         and nn.Dropout.forward is _DROPOUT
         and 0 <= dropout.p < 1
-        and not hooked(layer, activation, dropout)
+        and not hooked(dropout)
     )
 
 
@@ -231,6 +248,30 @@ def _is_ours(layer: nn.Module) -> bool:
         getattr(forward, "func", None) is norm
         and type(layer).forward is forward.args[1]
         and nn.GroupNorm.forward is _GROUP_NORM
+    )
+
+
+# How memory is walked through in channels_last, from its innermost axis on.
+_OUTWARD = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}
+
+
+def _as_torch_lays(x: Tensor) -> Tensor:
+    """Bring (N, C, *spatial) into the layout in which torch's group norm on CPUs returns it.
+
+    That is channels_last where there is one and the strides are of that order, as
+    Tensor::suggest_memory_format looks at them, and contiguous otherwise.
+    """
+    sizes, strides, least = x.shape, x.stride(), 1
+    for axis in _OUTWARD.get(len(sizes), ()):
+        if strides[axis] < least:
+            return x.contiguous()
+        least = strides[axis] * sizes[axis]
+    if len(sizes) == 4 and strides[1] == 1:
+        return x  # which `group_norm` keeps
+    if len(sizes) not in _OUTWARD or transforming():
+        return x.contiguous()
+    return x.contiguous(
+        memory_format=torch.channels_last if len(sizes) == 4 else torch.channels_last_3d
     )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -412,3 +413,36 @@ def test_the_report_of_a_wrapper_is_that_of_what_it_wraps():
 def test_takes_modules_only():
     with pytest.raises(ValueError, match="got dict"):
         optimize({"weight": torch.zeros(1)})
+
+
+def _layouts(shape: tuple[int, ...]) -> list[torch.Tensor]:
+    """Tensors with every order of the dimensions in memory, dense and cut out of a larger one."""
+    found = []
+    for order in itertools.permutations(range(len(shape))):
+        back = [order.index(axis) for axis in range(len(shape))]
+        found.append(torch.randn([shape[axis] for axis in order]).permute(back))
+        found.append(torch.randn([2 * shape[axis] for axis in order]).permute(back))
+        found[-1] = found[-1][tuple(slice(size) for size in shape)]
+    return found
+
+
+@pytest.mark.parametrize(
+    "shape", ((3, 8), (2, 8, 5), (2, 8, 3, 5), (1, 8, 3, 1), (2, 8, 1, 1), (2, 8, 2, 3, 5))
+)
+def test_a_norm_gives_back_the_layout_that_torchs_gives(shape):
+    """Code behind it may take a `view` of what it gets."""
+    for module in (
+        nn.GroupNorm(2, 8),
+        GroupNorm32(2, 8),
+        nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()),
+    ):
+        model, original = pair(module)
+        optimize(model)
+        for x in _layouts(shape):
+            y, expected = model(x), original(x)
+            strides = [
+                [stride for stride, size in zip(tensor.stride(), shape, strict=True) if size > 1]
+                for tensor in (y, expected)
+            ]
+            assert strides[0] == strides[1], x.stride()
+            torch.testing.assert_close(y, expected)

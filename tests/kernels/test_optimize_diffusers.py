@@ -22,6 +22,7 @@ from foreign_networks import (
     unet_2d,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddb_fast.kernels import optimize
 
@@ -337,6 +338,51 @@ def test_the_layout_stays(training, layout):
     y = model(given["sample"].to(memory_format=layout), given["timestep"]).sample
     assert y.is_contiguous(memory_format=layout)
     assert kept and all(kept)
+
+
+@pytest.mark.parametrize("residual", (True, False))
+@pytest.mark.parametrize("normed", (True, False))
+def test_what_attention_returns_can_be_viewed_where_theirs_can(residual, normed):
+    attention = pytest.importorskip("diffusers.models.attention_processor").Attention
+    arguments = {"residual_connection": residual, "norm_num_groups": 4 if normed else None}
+    model, original = pair(attention(16, heads=2, dim_head=8, **arguments))
+    optimize(model)
+    seen = {model: [], original: []}
+    tokens, images = torch.randn(2, 5, 16), torch.randn(2, 16, 3, 4)
+    inputs = (
+        tokens,
+        tokens.mT.contiguous().mT,
+        images,
+        images.to(memory_format=torch.channels_last),
+    )
+    for hooked in (False, True):
+        for net in (model, original) if hooked and normed else ():
+            hook = lambda module, inputs, y, net=net: seen[net].append(y.stride())  # noqa: E731
+            net.group_norm.register_forward_hook(hook)
+        for x in inputs:
+            y, expected = model(x), original(x)
+            torch.testing.assert_close(y, expected)
+            assert y.is_contiguous() or not expected.is_contiguous()
+    assert seen[model] == seen[original]
+
+
+class Copies(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_)
+        return function(*args, **kwargs or {})
+
+
+def test_attention_whose_tokens_lie_together_copies_nothing():
+    attention = pytest.importorskip("diffusers.models.attention_processor").Attention
+    model = attention(16, heads=2, dim_head=8, norm_num_groups=4)
+    optimize(model)
+    image = torch.randn(2, 16, 3, 4).to(memory_format=torch.channels_last)
+    for x in (torch.randn(2, 5, 16), image):
+        with Copies() as copies, torch.no_grad():
+            model(x)
+        assert copies.count == 0
 
 
 def test_autocast():

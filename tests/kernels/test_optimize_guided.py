@@ -149,3 +149,14 @@ def test_wide_heads_of_guided_diffusion_stay_with_their_owner(attention):
     optimize(model)
     x = torch.randn(2, 3 * 264, 4)
     assert torch.equal(model(x), original(x))
+
+
+@pytest.mark.parametrize("attention", (QKVAttention(2), QKVAttentionLegacy(2), OneHeadAttention()))
+def test_an_attention_gives_back_the_layout_that_theirs_gives(attention):
+    model, original = pair(attention)
+    optimize(model)
+    x = torch.randn(2, 48, 7)
+    for given in (x, x.mT.contiguous().mT):
+        y, expected = model(given), original(given)
+        assert y.stride() == expected.stride()
+        torch.testing.assert_close(y, expected)
