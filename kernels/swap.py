@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .swap_rules import CHAIN, RULES, Keep, Swap
+from .swap_rules import CHAIN, NORM, RULES, Keep, Swap, name_of, norms_alone
 
 
 class Entry(NamedTuple):
@@ -74,9 +74,12 @@ def optimize(model: nn.Module) -> Report:
             result.install()
             fused = {**result.fused, **fused}
     swapped, left = [], []
-    # Only now, as a norm may stand in the network before the chain that takes it.
+    # Only now, as a norm may stand in the network before the chain that takes it, or in several.
+    alone = {norm for module in model.modules() for norm in norms_alone(module)}
     for name, module, result in found:
-        if module in fused:
+        if module in fused and module in alone:
+            swapped.append(Entry(name, NORM, f"{name_of(module)}; with SiLU {fused[module]}"))
+        elif module in fused:
             swapped.append(Entry(name, CHAIN, fused[module]))
         elif isinstance(result, Keep):
             left.append(Entry(name, *result))

@@ -46,7 +46,7 @@ def sequential(self: nn.Sequential, own: Own, input: Tensor) -> Tensor:
     layers = list(self)
     while layers:
         layer = layers.pop(0)
-        if layers and _fuses(layer, layers[0]):
+        if layers and fuses(layer, layers[0]):
             layers.pop(0)
             input = layer(input, activation="silu")
         else:
@@ -58,10 +58,10 @@ def resnet_block(
     self: nn.Module, own: Own, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any
 ) -> Tensor:
     """ResnetBlock2D of diffusers; further arguments are deprecated there, theirs says so."""
-    fuses = _fuses(self.norm1, self.nonlinearity) and _fuses(
+    usual = fuses(self.norm1, self.nonlinearity) and fuses(
         self.norm2, self.nonlinearity, self.dropout
     )
-    if args or kwargs or not fuses or type(self).forward is not own:
+    if args or kwargs or not usual or type(self).forward is not own:
         return type(self).forward(self, input_tensor, temb, *args, **kwargs)
 
     x, h = input_tensor, self.norm1(input_tensor, keep_layout=True, activation="silu")
@@ -97,7 +97,7 @@ def res_block(self: nn.Module, own: Own, x: Tensor, emb: Tensor) -> Tensor:
     theirs = getattr(cls, "_forward", cls.forward)
     first, second = list(self.in_layers), list(self.out_layers)
     usual = len(first) == 3 and len(second) == 4 and not hooked(self.in_layers, self.out_layers)
-    if theirs is not own or not (usual and _fuses(*first[:2]) and _fuses(*second[:3])):
+    if theirs is not own or not (usual and fuses(*first[:2]) and fuses(*second[:3])):
         return theirs(self, x, emb)
 
     (norm1, _, conv1), (norm2, _, dropout, conv2) = first, second
@@ -228,7 +228,8 @@ _FORWARDS = (
 )
 
 
-def _fuses(layer: nn.Module, activation: nn.Module, dropout: nn.Module | None = None) -> bool:
+def fuses(layer: nn.Module, activation: nn.Module, dropout: nn.Module | None = None) -> bool:
+    """Tell whether a norm and what follows it run as one op, in a forward of ours."""
     if not (_is_ours(layer) and type(activation) is nn.SiLU and nn.SiLU.forward is _SILU):
         return False
     if _has_hooks(layer) or hooked(activation):

@@ -9,7 +9,7 @@ Nichol 2021, guided-diffusion (`unet.py`, `nn.py`), which latent-diffusion took 
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ def norm(module: nn.Module) -> Swap | Keep | None:
         return Keep(NORM, ALREADY)
     if why := _why_norm_stays(module):
         return Keep(NORM, why)
-    return Swap(NORM, _name(module), lambda: _put(module, forwards.norm))
+    return Swap(NORM, name_of(module), lambda: _put(module, forwards.norm))
 
 
 def sequential(module: nn.Module) -> Swap | Keep | None:
@@ -66,17 +66,19 @@ def sequential(module: nn.Module) -> Swap | Keep | None:
     if not isinstance(module, nn.Sequential) or forwards.installed(module):
         return None
     layers = list(module._modules.items())  # named_children leaves out what stands there twice
-    reasons = {
-        a: _why_not_fused([(i, a, nn.GroupNorm), (j, b, nn.SiLU)])
+    reasons = [
+        (a, _why_not_fused([(i, a, nn.GroupNorm), (j, b, nn.SiLU)]))
         for (i, a), (j, b) in pairwise(layers)
         if isinstance(a, nn.GroupNorm) and isinstance(b, nn.SiLU)
-    }
+    ]
     if not reasons:
         return None
     if why := _why_method_stays(module, "forward", nn.Sequential):
         return Keep(CHAIN, why)
-    fused = {layer: "in nn.Sequential" for layer, reason in reasons.items() if reason is None}
-    left = "; ".join(reason for reason in reasons.values() if reason is not None) or None
+    # Slices, and loops over its layers, call each for itself.
+    what = "in nn.Sequential, where it is called as a whole"
+    fused = {layer: what for layer, reason in reasons if reason is None}
+    left = "; ".join(reason for _, reason in reasons if reason is not None) or None
     if not fused:
         return Keep(CHAIN, left)
     return Swap(CHAIN, "", lambda: _put(module, forwards.sequential), fused, left)
@@ -174,7 +176,7 @@ def attention(module: nn.Module) -> Swap | Keep | None:
         return Keep(ATTENTION, f"its head dimension {width} is above {MAX_HEAD_DIM}")
     return Swap(
         ATTENTION,
-        f"{_name(module)}; a call with a mask stays with {cls.__name__}",
+        f"{name_of(module)}; a call with a mask stays with {cls.__name__}",
         lambda: module.set_processor(forwards.KernelAttnProcessor(processor)),
     )
 
@@ -205,12 +207,25 @@ def qkv_attention(module: nn.Module) -> Swap | Keep | None:
 RULES = (resnet_block, res_block, sequential, attention, qkv_attention, norm)
 
 
+def norms_alone(module: nn.Module) -> Iterator[nn.GroupNorm]:
+    """The norms that a chain runs without the activation, once all that can be is swapped."""
+    chain, block = isinstance(module, nn.Sequential), _is_a(module, "ResnetBlock2D")
+    if not (chain or block):
+        return
+    for a, b in pairwise([*module._modules.values(), None]):
+        if isinstance(a, nn.GroupNorm):
+            fused = block or (b is not None and forwards.fuses(a, b))
+            if not (fused and forwards.installed(module)):
+                yield a
+
+
 def _put(module: nn.Module, function: Callable[..., Any], method: str = "forward") -> None:
     # Unlike a bound method, a partial can be pickled; deepcopy binds both to the copy.
     setattr(module, method, functools.partial(function, module, getattr(type(module), method)))
 
 
-def _name(module: nn.Module) -> str:
+def name_of(module: nn.Module) -> str:
+    """Name its class, nn.GroupNorm for torch's."""
     cls = type(module)
     return f"nn.{cls.__name__}" if cls.__module__.startswith("torch.nn.") else cls.__name__
 
@@ -249,7 +264,7 @@ def _why_not_fused(parts: Iterable[tuple[str, nn.Module, type]]) -> str | None:
     for name, module, expected in parts:
         is_norm = expected is nn.GroupNorm and isinstance(module, nn.GroupNorm)
         if not is_norm and type(module) is not expected:
-            return f"{name} is {_name(module)}"
+            return f"{name} is {name_of(module)}"
         if not forwards.installed(module):
             stays = _why_norm_stays if is_norm else _why_layer_stays
             if why := stays(module):

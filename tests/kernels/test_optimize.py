@@ -26,6 +26,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ddb_fast.kernels import optimize, use_backend
 
+CHAINED = "in nn.Sequential, where it is called as a whole"
+
+
+def hooked_silu() -> nn.SiLU:
+    layer = nn.SiLU()
+    layer.register_forward_hook(lambda *values: None)
+    return layer
+
 
 def test_plain_modules():
     model, original = pair(plain())
@@ -362,20 +370,18 @@ def test_the_report_counts():
     assert title == "3 swapped, 1 left"
     assert [" ".join(row.split()) for row in rows] == [
         "swapped 2 group norm nn.GroupNorm 2, ...",
-        "swapped 1 group norm + SiLU in nn.Sequential 0",
+        f"swapped 1 group norm + SiLU {CHAINED} 0",
         "left 1 attention nn.MultiheadAttention takes masks and returns weights 4",
     ]
     assert str(optimize(nn.Identity())) == "0 swapped, 0 left"
 
 
 def test_the_report_names_each_pair_of_a_chain():
-    hooked = nn.SiLU()
-    hooked.register_forward_hook(lambda *values: None)
-    chain = nn.Sequential(nn.GroupNorm(2, 8), hooked, nn.GroupNorm(2, 8), nn.SiLU())
+    chain = nn.Sequential(nn.GroupNorm(2, 8), hooked_silu(), nn.GroupNorm(2, 8), nn.SiLU())
     report = optimize(chain)
     assert [(entry.name, entry.what) for entry in report.swapped] == [
         ("0", "nn.GroupNorm"),
-        ("2", "in nn.Sequential"),
+        ("2", CHAINED),
     ]
     assert report.left == (("", "group norm + SiLU", "1 has a hook"),)
 
@@ -384,7 +390,29 @@ def test_the_report_knows_the_chain_of_a_norm_met_before():
     model = nn.Module()
     model.norm = nn.GroupNorm(2, 8)
     model.chain = nn.Sequential(model.norm, nn.SiLU())
-    assert optimize(model).swapped == (("norm", "group norm + SiLU", "in nn.Sequential"),)
+    assert optimize(model).swapped == (("norm", "group norm + SiLU", CHAINED),)
+
+
+@pytest.mark.parametrize("later", ((nn.Tanh(),), (), (hooked_silu(),)))
+@pytest.mark.parametrize("order", (1, -1))
+def test_the_report_of_a_norm_that_two_chains_share(later, order):
+    """One fuses it, the other does not: it is a norm, which sometimes takes the activation in."""
+    norm = nn.GroupNorm(2, 8)
+    chains = nn.Sequential(norm, nn.SiLU()), nn.Sequential(norm, *later)
+    model = nn.ModuleList([*chains[::order], nn.Sequential(norm, nn.SiLU())])
+    both = copy.deepcopy(nn.Sequential(*chains[0], *chains[1])[::order])
+    what = f"nn.GroupNorm; with SiLU {CHAINED}"
+    assert optimize(model).swapped == (("0.0", "group norm", what),)
+    assert [(kind, why) for _, kind, why in optimize(both).swapped] == [("group norm", what)]
+
+
+def test_the_report_of_a_norm_that_a_block_and_a_chain_share():
+    model, block = nn.Module(), ResBlock(8, 8, shifted=True)
+    model.block, model.chain = block, nn.Sequential(block.in_layers[0], nn.Tanh())
+    assert optimize(model).swapped == (
+        ("block.in_layers.0", "group norm", "GroupNorm32; with SiLU in ResBlock"),
+        ("block.out_layers.0", "group norm + SiLU", "in ResBlock, with scale, shift and dropout"),
+    )
 
 
 class Delegating(nn.Module):
