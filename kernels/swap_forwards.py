@@ -22,12 +22,19 @@ Own = Callable[..., Any]
 
 
 def norm(
-    self: nn.GroupNorm, own: Own, input: Tensor, *, keep_layout: bool = False, **fused: Any
+    self: nn.GroupNorm,
+    own: Own,
+    input: Tensor | None = None,
+    *,
+    keep_layout: bool = False,
+    **fused: Any,
 ) -> Tensor:
     """nn.GroupNorm, with its result's layout; keywords are from the forwards below.
 
     keep_layout: leave it to `group_norm`, where nobody else sees the result. `fused` is handed on.
     """
+    if input is None:  # it has the name that the class's own forward gives it
+        return type(self).forward(self, **fused)
     if (
         type(self).forward is not own
         or nn.GroupNorm.forward is not _GROUP_NORM  # what GroupNorm32's calls
@@ -119,7 +126,7 @@ def qkv_attention(self: nn.Module, own: Own, qkv: Tensor) -> Tensor:
 
 def qkv_attention_of_one_head(self: nn.Module, own: Own, qkv: Tensor) -> Tensor:
     """QKVAttention of improved-diffusion, whose caller has dealt the heads out to N."""
-    if type(self).forward is not own or qkv.shape[1] // 3 > MAX_HEAD_DIM:
+    if type(self).forward is not own or qkv.shape[1] // 3 > MAX_HEAD_DIM or qkv.shape[2] == 0:
         return type(self).forward(self, qkv)
     return attention_qkv(qkv.mT.contiguous(), 1).mT.contiguous()
 
@@ -136,9 +143,9 @@ def qkv_attention_legacy(self: nn.Module, own: Own, qkv: Tensor) -> Tensor:
 class KernelAttnProcessor:
     """AttnProcessor2_0 of diffusers with this package's attention; `owner` is what it replaced.
 
-    A call with a mask, with arguments that are deprecated there, or of an attention that has got
-    more norms since goes to the owner. Without one, as diffusers makes processors anew when it
-    loads an IP-Adapter, the owner is AttnProcessor2_0.
+    A call with a mask, without tokens, with arguments that are deprecated there, or of an attention
+    that has got more norms since goes to the owner. Without one, as diffusers makes processors anew
+    when it loads an IP-Adapter, the owner is AttnProcessor2_0.
     """
 
     def __init__(self, owner: Callable[..., Tensor] | None = None):
@@ -158,10 +165,13 @@ class KernelAttnProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        context = encoder_hidden_states
         if (
             attention_mask is not None
             or args
             or kwargs.get("scale") is not None
+            or (hidden_states.numel() == 0 and hidden_states.shape[0] > 0)
+            or (context is not None and context.numel() == 0 and context.shape[0] > 0)
             or attn.norm_q is not None
             or attn.norm_k is not None
             or attn.norm_cross is not None
@@ -179,7 +189,7 @@ class KernelAttnProcessor:
             ours = _is_ours(before) and not _has_hooks(before)
             tokens = (before(tokens.mT, keep_layout=True) if ours else before(tokens.mT)).mT
         tokens = tokens.contiguous()  # of an image that is not channels_last: once, not thrice
-        context = tokens if encoder_hidden_states is None else encoder_hidden_states
+        context = tokens if context is None else context
         q, k, v = (
             projection(source).unflatten(2, (attn.heads, -1)).transpose(1, 2)
             for projection, source in (

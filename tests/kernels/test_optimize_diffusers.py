@@ -260,6 +260,16 @@ def test_attention_whose_output_is_divided():
     assert_same(model, original, hidden_states=torch.randn(2, 5, 16))
 
 
+def test_attention_without_tokens_stays_with_its_owner():
+    attention = pytest.importorskip("diffusers.models.attention_processor").Attention
+    model, original = pair(attention(16, heads=2, dim_head=8))
+    optimize(model)
+    x, none = torch.randn(2, 5, 16), torch.randn(2, 0, 16)
+    for given in ((none,), (x, none), (none, x), (torch.randn(2, 16, 0, 3),)):
+        assert torch.equal(model(*given), original(*given))
+    assert model(x[:0]).shape == (0, 5, 16)  # which theirs refuses
+
+
 def test_attention_that_has_more_to_it_stays():
     attention = pytest.importorskip("diffusers.models.attention_processor").Attention
     keeps = {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from foreign_networks import (
+    GroupNorm32,
     Guided,
     OneHeadAttention,
     QKVAttention,
@@ -162,3 +163,29 @@ def test_an_attention_gives_back_the_layout_that_theirs_gives(attention):
         y, expected = model(given), original(given)
         assert y.stride() == expected.stride()
         torch.testing.assert_close(y, expected)
+
+
+class Renamed(nn.GroupNorm):
+    def forward(self, h):
+        return super().forward(h.float()).type(h.dtype)
+
+
+Renamed.__name__ = "GroupNorm32"
+
+
+def test_a_norm_is_called_by_the_name_of_its_argument():
+    x = torch.randn(2, 8, 5)
+    for norm, name in ((GroupNorm32, "x"), (Renamed, "h"), (nn.GroupNorm, "input")):
+        model, original = pair(norm(2, 8))
+        assert optimize(model).swapped
+        torch.testing.assert_close(model(**{name: x}), original(**{name: x}))
+        for wrong in ({}, {"y": x}):
+            with pytest.raises(TypeError):
+                model(**wrong)
+
+
+def test_an_attention_without_tokens():
+    model, original = pair(OneHeadAttention())
+    optimize(model)
+    x = torch.randn(2, 24, 0)
+    assert model(x).shape == original(x).shape == (2, 8, 0)
