@@ -242,13 +242,14 @@ def fuses(layer: nn.Module, activation: nn.Module, dropout: nn.Module | None = N
     """Tell whether a norm and what follows it run as one op, in a forward of ours."""
     if not (_is_ours(layer) and type(activation) is nn.SiLU and nn.SiLU.forward is _SILU):
         return False
-    if _has_hooks(layer) or hooked(activation):
+    # Nothing of ours is ever put on these two, so any forward of their own is another's.
+    if _has_hooks(layer) or _has_hooks(activation) or "forward" in vars(activation):
         return False
     return dropout is None or (
         type(dropout) is nn.Dropout
         and nn.Dropout.forward is _DROPOUT
         and 0 <= dropout.p < 1
-        and not hooked(dropout)
+        and not (_has_hooks(dropout) or "forward" in vars(dropout))
     )
 
 
