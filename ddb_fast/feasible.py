@@ -11,6 +11,7 @@ from ddb_fast.config import CONTROLS, ClassifierConfig, RunConfig
 from ddb_fast.data.store import ImageData
 from ddb_fast.diffusion.samplers import timesteps
 from ddb_fast.generator import build_unet
+from ddb_fast.kernels import use_backend
 from ddb_fast.models.classifiers import linear_head
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,9 @@ def check_feasible(config: RunConfig, *, num_classes: int, world: int) -> None:
         parts["amplifier"] = config.amplifier
     if config.amplifies and config.sampling.load is None:
         size = config.diffusion.image_size
-        with torch.device("meta"), torch.no_grad():
+        # Torch's own: the others run on no meta tensor, and would be logged as passed over.
+        own = use_backend(group_norm="torch", attention="torch")
+        with torch.device("meta"), torch.no_grad(), own:
             unet, one = build_unet(config.diffusion, num_classes), torch.zeros(1).long()
             unet(torch.empty(1, 3, size, size), one, one)  # sides and heads are refused in a pass
         if config.sampling.sampler != "ddpm-authors":

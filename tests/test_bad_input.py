@@ -19,8 +19,9 @@ from ddb_fast import cli
 from ddb_fast.config import with_fields
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.store import ImageData, Split
-from ddb_fast.feasible import check_labels
+from ddb_fast.feasible import check_feasible, check_labels
 from ddb_fast.generator import build_unet, save_diffusion
+from ddb_fast.kernels import dispatch
 from ddb_fast.presets import PRESETS
 from ddb_fast.run_folder import lock_folder
 from ddb_fast.train import main
@@ -370,6 +371,14 @@ def test_a_generator_that_cannot_run_is_refused_at_once(capsys, tmp_path):
     words = small.arguments(tmp_path / "out", generator=tmp_path / "diffusion")
     assert "images of 15x15 pixels" in refused(capsys, *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_look_at_a_generator_passes_no_backend_over(monkeypatch):
+    """What is said of its meta tensors would read as if it were of the run's."""
+    logged = []
+    monkeypatch.setattr(dispatch, "_log_once", lambda *words: logged.append(words))
+    check_feasible(PRESETS["digits"](), num_classes=10, world=1)
+    assert logged == []
 
 
 def test_synthetic_images_of_other_classes(capsys, tmp_path):

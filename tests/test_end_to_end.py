@@ -199,7 +199,7 @@ def test_kill_9_in_every_stage_then_the_same_command_gives_the_same_numbers(undi
 AUDIT_KILLS = [
     ("memorisation.json", 1, "before"),
     ("parts/again.checkpoint", 1, "after"),
-    ("parts/erm half 1.safetensors", 1, "after"),
+    ("parts/rebalanced 1.safetensors", 1, "after"),
 ]
 
 
