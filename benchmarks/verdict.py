@@ -157,7 +157,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         words += [f"noise of {told['noise']:g}"] if told["noise"] else []
         words += [f"{100 * told['mislabelled']:g} % mislabelled"] if told["mislabelled"] else []
         shares = [100 * r["unanimous"] for r in of_kind if r["unanimous"] is not None]
-        gains = [2 * r["gain"] / r["two_standard_errors"] for r in of_kind if r["gain"] is not None]
+        gains = [
+            2 * r["gain"] / r["two_standard_errors"] for r in of_kind if r["two_standard_errors"]
+        ]
         areas = [r["told_apart"] for r in of_kind if r["told_apart"] is not None]
         cells = (
             ", ".join(words),

@@ -27,7 +27,7 @@ GAIN = 2.0
 gain is negative, or next to nothing."""
 SHARED = 0.5
 """Share of the ERM's errors that both amplifiers make too, above which no set is called unbiased:
-up to .42 on unbiased digits (docs/verdict.md), while networks that learnt a shortcut err alike."""
+up to .48 on unbiased digits (docs/verdict.md), while networks that learnt a shortcut err alike."""
 NONE = -1
 """In place of a class: the amplifiers name different ones."""
 POOR = 0.2

@@ -389,7 +389,7 @@ def test_images_at_odds_are_told_apart_where_the_audit_could(tmp_path, hostile):
         kinds = re.findall(r"<h3>(.*?)</h3>(.*?)(?=<h3>|</section>)", section, re.S)
         (most, first), (least, second) = kinds
         assert most.endswith("shows most") and least.endswith("shows least")
-        standings = [re.findall(r"own class (\d+) %</span>", part) for part in (first, second)]
+        standings = [re.findall(r"shows (\d+) %</span>", part) for part in (first, second)]
         assert standings == [["30"] * 3, ["0", "5", "10"]], "three of seven each"
         part, chosen = Page(section), (3, 5, 4, 0, 1, 2)
         names = [span["title"] for span in part.all("span", **{"class": "file"})]
