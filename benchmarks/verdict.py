@@ -15,7 +15,6 @@ of one core.
 import argparse
 import csv
 import json
-import math
 import subprocess
 import sys
 from collections import Counter
@@ -29,6 +28,7 @@ from PIL import Image
 
 from ddb_fast.data.digits import digits
 from ddb_fast.metrics import auroc
+from ddb_fast.opinions import read_opinions
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:
@@ -99,13 +99,26 @@ SAID = {
 """How each verdict begins."""
 
 
-def told_apart(table: Path, kinds: dict[str, str]) -> float | None:
-    """How well the standing tells conflicting images at odds from mislabelled ones: AUROC."""
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = [(kinds[row["path"]], float(row["standing"])) for row in csv.DictReader(file)]
-    conflicting = torch.tensor([kind == "conflicting" for kind, _ in rows if kind != "usual"])
-    value = auroc(torch.tensor([s for kind, s in rows if kind != "usual"]), conflicting)
-    return None if math.isnan(value) else value
+def told_apart(run: Path, kinds: dict[str, str]) -> dict[str, float]:
+    """How well conflicting images at odds are told from mislabelled ones: counts, and AUROCs.
+
+    standing: with the rebalanced networks; erm: with those on the real images; score: the
+    amplifier's.
+    """
+    said = read_opinions(run / "audit")
+    odd = (~said.standing.isnan()).nonzero()[:, 0].tolist()
+    with (run / "amplifier" / "scores.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
+    odd = torch.tensor([i for i in odd if kinds[rows[i]["path"]] != "usual"], dtype=torch.int64)
+    conflicting = torch.tensor([kinds[rows[i]["path"]] == "conflicting" for i in odd.tolist()])
+    score = torch.tensor([float(rows[i]["score"]) for i in odd.tolist()])
+    stand, gain = said.standing[odd], said.gain[odd]
+    ways = {"standing": stand, "erm": stand - gain, "score": score}
+    return {
+        "conflicting": int(conflicting.sum()),
+        "mislabelled": int((~conflicting).sum()),
+        **{name: auroc(values, conflicting) for name, values in ways.items()},
+    }
 
 
 def row_of(run: Path, kinds: dict[str, str]) -> dict[str, Any]:
@@ -124,7 +137,7 @@ def row_of(run: Path, kinds: dict[str, str]) -> dict[str, Any]:
         "excess_errors": generator["value"],
         "shared": shared["value"],
         "at_odds": verdict["suspicious"]["count"],
-        "told_apart": told_apart(run / "audit" / "at_odds.csv", kinds) if biased else None,
+        "told_apart": told_apart(run, kinds) if biased else None,
     }
 
 
@@ -160,7 +173,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         gains = [
             2 * r["gain"] / r["two_standard_errors"] for r in of_kind if r["two_standard_errors"]
         ]
-        areas = [r["told_apart"] for r in of_kind if r["told_apart"] is not None]
+        areas = [r["told_apart"]["standing"] for r in of_kind if r["told_apart"] is not None]
         cells = (
             ", ".join(words),
             told["classes"],

@@ -91,8 +91,13 @@ def gather_opinions(
     config, accelerator, data = context.config, context.accelerator, context.data
     train, classes, y = data.splits["train"], len(data.classes), data.splits["train"].y
 
-    def kept(name: str, asked: Callable[[], nn.Module], rows: Tensor) -> Tensor:
-        """The logits of training images `rows`; every process reads what one of them wrote."""
+    def kept(
+        name: str,
+        asked: Callable[[], nn.Module],
+        rows: Tensor,
+        said_of: Callable[[Tensor], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """`said_of` the logits of training images `rows`; all processes read what one wrote."""
         path = parts / f"{name}.safetensors"
         accelerator.wait_for_everyone()
         there = path.exists()
@@ -108,9 +113,9 @@ def gather_opinions(
                     crop=False,
                     rows=rows,
                 )
-                checkpoint.save_tensors(path, {"logits": logits}, {})
+                checkpoint.save_tensors(path, said_of(logits), {})
             accelerator.wait_for_everyone()
-        return checkpoint.load_tensors(path)[0]["logits"]
+        return checkpoint.load_tensors(path)[0]
 
     def trained(name: str, images: Tensor, y: Tensor, sampler: Sampler, seed: int) -> nn.Module:
         network = first_network(config.amplifier, classes, seed=seed)
@@ -139,33 +144,42 @@ def gather_opinions(
         seed = config.seed + 1
         return trained("again", images, labels, ShuffledSampler(len(labels), seed=seed), seed)
 
-    def judged(name: str, positions: Tensor, seed: int, rows: Tensor) -> Tensor:
-        sampler = Lookup(ShuffledSampler(len(positions), seed=seed), positions)
-        return kept(name, lambda: trained(name, train.small, y, sampler, seed), rows)
+    def predicted(name: str, asked: Callable[[], nn.Module]) -> Tensor:
+        rows = torch.arange(len(y))
+        return kept(name, asked, rows, lambda logits: {"predicted": logits.argmax(1)})["predicted"]
 
-    everything = torch.arange(len(y))
     said = {
-        "amplifier": kept("amplifier", the_amplifier, everything).argmax(1),
-        "again": kept("again", another, everything).argmax(1),
+        "amplifier": predicted("amplifier", the_amplifier),
+        "again": predicted("again", another),
         "erm": torch.empty_like(y),
         "standing": torch.full(y.shape, torch.nan),
         "gain": torch.full(y.shape, torch.nan),
     }
     taken = agreed(said["amplifier"], said["again"])
     odd = (taken != NONE) & (taken != y)
+
+    def judged(name: str, positions: Tensor, seed: int, rows: Tensor) -> dict[str, Tensor]:
+        sampler = Lookup(ShuffledSampler(len(positions), seed=seed), positions)
+
+        def said_of(logits: Tensor) -> dict[str, Tensor]:
+            stand = standing(logits, y[rows], taken[rows])
+            return {"predicted": logits.argmax(1), "standing": stand}
+
+        return kept(name, lambda: trained(name, train.small, y, sampler, seed), rows, said_of)
+
     fold = folds(y, config.seed)
     for part in fold.unique().tolist():
         rows, others = (fold == part).nonzero()[:, 0], (fold != part).nonzero()[:, 0]
         seed = config.seed + 2 + part
         erm = judged(f"erm {part}", others, seed, rows)
-        said["erm"][rows] = erm.argmax(1)
+        said["erm"][rows] = erm["predicted"]
         if not odd[rows].any():
             continue
         # From the same first weights: what differs is how often images at odds are met.
         positions = others[halves(odd[others], y[others])]
-        rebalanced = judged(f"rebalanced {part}", positions, seed, rows)
-        stand, before = (standing(logits, y[rows], taken[rows]) for logits in (rebalanced, erm))
-        said["standing"][rows], said["gain"][rows] = stand.float(), (stand - before).float()
+        stand = judged(f"rebalanced {part}", positions, seed, rows)["standing"]
+        said["standing"][rows] = stand.float()
+        said["gain"][rows] = (stand - erm["standing"]).float()
     if accelerator.is_main_process:
         checkpoint.save_tensors(folder / "predictions.safetensors", said, {})
         checkpoint.write_atomically(folder / "at_odds.csv", at_odds_table(said, y, train.paths))

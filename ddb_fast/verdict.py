@@ -19,7 +19,8 @@ from torch import Tensor
 from ddb_fast.metrics import wilson_interval
 
 UNANIMOUS = 0.4
-"""Without a bias up to a seventh of an amplifier's errors are unanimous (docs/verdict.md)."""
+"""Up to a seventh of an amplifier's errors are unanimous on unbiased digits with right labels, more
+where classes overlap (docs/verdict.md)."""
 FEWEST = 5
 """Unanimous errors that make a bias: a handful is as likely to be mislabelled."""
 GAIN = 2.0
@@ -27,7 +28,8 @@ GAIN = 2.0
 gain is negative, or next to nothing."""
 SHARED = 0.5
 """Share of the ERM's errors that both amplifiers make too, above which no set is called unbiased:
-up to .48 on unbiased digits (docs/verdict.md), while networks that learnt a shortcut err alike."""
+up to .48 on unbiased digits with right labels (docs/verdict.md), while networks that learnt a
+shortcut err alike."""
 NONE = -1
 """In place of a class: the amplifiers name different ones."""
 POOR = 0.2
@@ -101,12 +103,12 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor, gain: Ten
     that an amplifier gets wrong, the share for which both and the ERM name the same wrong class has
     a lower bound above .4, they are at least five, those on which the amplifiers agree are a
     minority, neither amplifier names about the same class each time (the mean over the classes of
-    its recall's lower bound is above 1 / classes), and the mean gain is more than two of its
-    standard errors above 0. To say that there is none takes unanimity to be missed, a generator
-    whose worse amplifier errs on at most a fifth of the images more than the ERM, and is nearer to
-    it than to naming the largest class each time (amplifiers that guess say nothing, however little
-    the ERM learnt), and an ERM most of whose errors may be its own: the lower bound of the share
-    that is unanimous is at most .5.
+    its recall's lower bound is above 1 / classes), and the mean of at least five gains is more than
+    two of its standard errors above 0. To say that there is none takes unanimity to be missed, a
+    generator whose worse amplifier errs on at most a fifth of the images more than the ERM, and is
+    nearer to it than to naming the largest class each time (amplifiers that guess say nothing,
+    however little the ERM learnt), and an ERM most of whose errors may be its own: the lower bound
+    of the share that is unanimous is at most .5.
 
     ValueError for other shapes.
     """
@@ -152,7 +154,7 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor, gain: Ten
             "from those they look like by networks that met them as often as the others?",
             value=mean,
             limit=limit,
-            passed=mean is not None and mean > limit,
+            passed=mean is not None and mean > limit > 0,
         ),
         Check(
             name="generator",

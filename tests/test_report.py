@@ -365,12 +365,14 @@ def test_the_checks_are_a_table_where_there_is_a_verdict(tmp_path, hostile):
 
 
 def test_images_at_odds_are_told_apart_where_the_audit_could(tmp_path, hostile):
+    """Twenty: those labelled 1 stand at 90 %, others rise from 0 to 60 and are of class 0."""
     config, data = planted(tmp_path, paths=[f"{HOSTILE[0]}{i}" for i in range(60)])
     table = tmp_path / "audit" / "at_odds.csv"
     table.parent.mkdir()
-    # The last four stand alike, three of them of class 0: one of each class comes first.
-    stands = [0, 0.05, 0.1, 0.3, 0.3, 0.3, 0.3]
-    rows = [(i, f"{HOSTILE[0]}{i}", int(i == 5), 2, stand) for i, stand in enumerate(stands)]
+    stands = [*(i / 20 for i in range(13)), *[0.9] * 7]
+    rows = [(i, f"{HOSTILE[0]}{i}", int(i >= 13), 2, stand) for i, stand in enumerate(stands)]
+    # Of equals, one of each class comes first: the last but one is of class 0.
+    rows[18] = (18, f"{HOSTILE[0]}18", 0, 2, 0.9)
     with table.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([AT_ODDS, *rows])
     check = {"question": "?", "limit": 0.05}
@@ -386,15 +388,29 @@ def test_images_at_odds_are_told_apart_where_the_audit_could(tmp_path, hostile):
         if not passed:
             continue
         section = re.search(r'<section id="odds">.*?</section>', text, re.S)[0]
-        kinds = re.findall(r"<h3>(.*?)</h3>(.*?)(?=<h3>|</section>)", section, re.S)
-        (most, first), (least, second) = kinds
-        assert most.endswith("shows most") and least.endswith("shows least")
-        standings = [re.findall(r"shows (\d+) %</span>", part) for part in (first, second)]
-        assert standings == [["30"] * 3, ["0", "5", "10"]], "three of seven each"
-        part, chosen = Page(section), (3, 5, 4, 0, 1, 2)
-        names = [span["title"] for span in part.all("span", **{"class": "file"})]
-        assert names == [report.plain(data.splits["train"].paths[i]) for i in chosen]
-        for image, i in zip(part.all("img"), chosen, strict=True):
+        boxes = re.findall(
+            r'<div class="kind (\w+)"><h3>(.*?)</h3>\s*<p class="soft">(.*?)</p>(.*?)'
+            r'(?=<div class="kind |</section>)', section, re.S,
+        )  # fmt: skip
+        (*most, first), (*least, second) = boxes
+        assert most == ["typical", "Their own class shows most",
+                        "Likelier to break a shortcut: keep them."]  # fmt: skip
+        assert least[:2] == ["conflicting", "Their own class shows least"]
+        assert least[2].startswith("Likelier to be mislabelled")
+        best, worst = [13, 18, 14, 15, 16, 17, 19, 12, 11], list(range(9))
+        names = [report.plain(name) for name in data.classes]
+        for part, chosen in ((first, best), (second, worst)):
+            captions = re.findall(r"<figcaption>(.*?)</figcaption>", part, re.S)
+            for caption, i in zip(captions, chosen, strict=True):
+                label, likeness, shows, _ = re.findall(r"<span[^>]*>(.*?)</span>", caption)
+                _, _, y, _, stand = rows[i]
+                assert html.unescape(label) == f"labelled {names[y]}"
+                assert html.unescape(likeness) == f"looks like {names[2]}"
+                assert shows == f"shows {100 * stand:.0f} %"
+        part = Page(section)
+        shown = [span["title"] for span in part.all("span", **{"class": "file"})]
+        assert shown == [report.plain(data.splits["train"].paths[i]) for i in best + worst]
+        for image, i in zip(part.all("img"), best + worst, strict=True):
             small = data.splits["train"].small[i].reshape(-1, 3)
             assert torch.equal(pixels(image["src"]), small)
 

@@ -236,6 +236,17 @@ def test_a_bias_is_found_only_where_its_images_gain_by_being_met_more_often():
     first, _, why = as_data(unknown, Y, ("cat",) * 6)["sentences"]
     assert first.startswith("There may be") and "not certain" in why
     assert judged(Y, votes(), mean=1).found is False, "nothing is at odds"
+    assert judged(Y, said, mean=0.001, spread=0).found is None, "ten equal gains are no ten"
+
+
+def test_a_gain_of_four_images_is_none():
+    """Six are unanimous, but two of them have nothing to be compared with."""
+    said = votes(**everyone(range(6), 3))
+    gain = gains(Y, **said)
+    gain[4] = torch.nan
+    assert judge(Y, **said, gain=gain).found is True
+    gain[5] = torch.nan
+    assert judge(Y, **said, gain=gain).found is None
 
 
 def test_a_standing_is_a_share_of_an_area_under_the_curve():
@@ -308,7 +319,7 @@ def test_images_at_odds_are_half_of_their_class():
 def test_each_opinion_is_of_a_network_that_saw_none_of_the_images(monkeypatch, tmp_path):
     """Networks that remember: what they say of an image is whether they were trained on it.
 
-    Both amplifiers take images 0 and 3 for the other class. Networks that met those as often as the
+    Both amplifiers take images 0 and 3 for the other class, and one alone image 5. Networks that met those as often as the
     others of their class know them afterwards, others rank all images alike.
     """
     config = with_fields(PRESETS["digits"](), {"seed": "1"})
@@ -338,7 +349,8 @@ def test_each_opinion_is_of_a_network_that_saw_none_of_the_images(monkeypatch, t
         assert images is small and given is config.amplifier and not crop
         asked.append((network.name, rows.tolist()))
         if network.name in ("amplifier", "again"):
-            return torch.eye(3)[torch.where((rows == 0) | (rows == 3), 1 - y[rows], y[rows])]
+            wrong = (rows == 0) | (rows == 3) | ((rows == 5) & (network.name == "again"))
+            return torch.eye(3)[torch.where(wrong, 1 - y[rows], y[rows])]
         said = torch.eye(3)[torch.where(network.seen[rows] > 0, y[rows], 2)]
         if network.name.startswith("rebalanced"):
             said[:, 0] += ((rows == 0) | (rows == 3)) * torch.where(y[rows] == 0, 0.1, -0.1)
@@ -362,7 +374,7 @@ def test_each_opinion_is_of_a_network_that_saw_none_of_the_images(monkeypatch, t
     gather_opinions(context, **places, parts=tmp_path / "parts")
     said = read_opinions(folder)
     assert (said.amplifier != y).nonzero()[:, 0].tolist() == [0, 3]
-    assert torch.equal(said.amplifier, said.again) and (said.erm == 2).all()
+    assert (said.again != y).nonzero()[:, 0].tolist() == [0, 3, 5] and (said.erm == 2).all()
     assert said.gain[[0, 3]].tolist() == [0.5, 0.5], "from half of all to above all"
     assert said.gain.isnan().sum() == 14 and torch.equal(said.gain.isnan(), said.standing.isnan())
     assert said.standing[[0, 3]].tolist() == [1, 1]
