@@ -319,8 +319,8 @@ def test_images_at_odds_are_half_of_their_class():
 def test_each_opinion_is_of_a_network_that_saw_none_of_the_images(monkeypatch, tmp_path):
     """Networks that remember: what they say of an image is whether they were trained on it.
 
-    Both amplifiers take images 0 and 3 for the other class, and one alone image 5. Networks that met those as often as the
-    others of their class know them afterwards, others rank all images alike.
+    Both amplifiers take images 0 and 3 for the other class, and one alone image 5. Networks that
+    met those as often as the others of their class know them afterwards, others rank all alike.
     """
     config = with_fields(PRESETS["digits"](), {"seed": "1"})
     y = torch.arange(16) % 2
