@@ -241,7 +241,7 @@ def _told_apart(
         for row in some:
             own, other = (plain(data.classes[int(row[name])]) for name in ("y", "predicted"))
             about = {"path": plain(row["path"]), "own": own, "other": other}
-            stand = f"{100 * float(row['standing']):.0f} %"
+            stand = f"{100 * float(row['standing']):.0f}\N{NO-BREAK SPACE}%"
             alt = f"real image {about['path']}, labelled {own}, looks like {other}, {stand}"
             src = _data_uri(train.small[int(row["index"])])
             brief = _brief(row["path"])

@@ -406,7 +406,7 @@ def test_images_at_odds_are_told_apart_where_the_audit_could(tmp_path, hostile):
                 _, _, y, _, stand = rows[i]
                 assert html.unescape(label) == f"labelled {names[y]}"
                 assert html.unescape(likeness) == f"looks like {names[2]}"
-                assert shows == f"shows {100 * stand:.0f} %"
+                assert shows == f"shows {100 * stand:.0f}\N{NO-BREAK SPACE}%"
         part = Page(section)
         shown = [span["title"] for span in part.all("span", **{"class": "file"})]
         assert shown == [report.plain(data.splits["train"].paths[i]) for i in best + worst]
