@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from . import native, reference, torch_backend, triton_backend, tuned, xformers_backend
-from .tracing import assume_constant_result
+from .tracing import assume_constant_result, exporting
 
 ENVIRONMENT_VARIABLE = "DDB_FAST_BACKEND"
 
@@ -115,7 +115,7 @@ def choose(
         if reasons := backend.why_not(op, *arguments):
             raise ValueError(f"{op}: backend {name!r} cannot run this: {'; '.join(reasons)}")
         return backend.ops[op]
-    if torch.compiler.is_exporting():
+    if exporting():
         return _exported(op, arguments[0])
     refused = []
     for name in automatic(op, *arguments, gradients=gradients):

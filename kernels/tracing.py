@@ -19,6 +19,15 @@ def assume_constant_result(function: F) -> F:
     return function
 
 
+def exporting() -> bool:
+    """Whether torch.export is at work.
+
+    The flag itself: torch 2.10 and 2.11 take `torch.compiler.is_exporting()` for true in whatever
+    they compile.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 _transform, _trace = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _is_batch = torch._C._functorch.is_legacy_batchedtensor
 
