@@ -27,7 +27,7 @@ from ddb_fast.data.samplers import Lookup, ShuffledSampler
 from ddb_fast.engine import Sampler
 from ddb_fast.recipes import ERM
 from ddb_fast.scoring import logits_of
-from ddb_fast.verdict import NONE, agreed, standing
+from ddb_fast.verdict import agreed, at_odds, standing
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def gather_opinions(
         "gain": torch.full(y.shape, torch.nan),
     }
     taken = agreed(said["amplifier"], said["again"])
-    odd = (taken != NONE) & (taken != y)
+    odd = at_odds(y, taken)
 
     def judged(name: str, positions: Tensor, seed: int, rows: Tensor) -> dict[str, Tensor]:
         sampler = Lookup(ShuffledSampler(len(positions), seed=seed), positions)

@@ -95,11 +95,11 @@ def _memorisation(path: Path) -> dict[str, Any] | None:
 def _verdict(folder: Path, data: ImageData) -> dict[str, Any] | None:
     if not (folder / "predictions.safetensors").exists():
         return None
-    y, opinions = data.splits["train"].y, read_opinions(folder)
-    if opinions is None:
+    y, said = data.splits["train"].y, read_opinions(folder)
+    if said is None:
         return None
-    said = {name: value for name, value in vars(opinions).items() if name != "standing"}
-    return as_data(judge(y, **said), y, data.classes)
+    verdict = judge(y, amplifier=said.amplifier, again=said.again, erm=said.erm, gain=said.gain)
+    return as_data(verdict, y, data.classes)
 
 
 def _amplifier(scores: Scores, data: ImageData) -> dict[str, Any]:

@@ -65,17 +65,21 @@ def agreed(amplifier: Tensor, again: Tensor) -> Tensor:
     return torch.where(amplifier == again, amplifier, NONE)
 
 
+def at_odds(y: Tensor, taken: Tensor) -> Tensor:
+    """Which images both amplifiers take for the same other class, (N,) bool; taken: of `agreed`."""
+    return (taken != NONE) & (taken != y)
+
+
 def standing(logits: Tensor, y: Tensor, taken: Tensor) -> Tensor:
     """How far up each image at odds stands among those it looks like: (N,) fp64, NaN for others.
 
-    logits: (N, K) of one network. y: (N,) classes. taken: (N,), from `agreed`; an image is at odds
-    if another class than its own is there, and typical if its own is. The standing of one of class
-    y taken for class t is the share of the typical images of t whose log-odds of y against t are
-    lower, ties by half: the area under the ROC curve that this image contributes. NaN also where no
-    image is typical of t.
+    logits: (N, K) of one network. y: (N,) classes. taken: (N,), from `agreed`; an image is typical
+    if its own class is there. The standing of one of class y taken for class t is the share of the
+    typical images of t whose log-odds of y against t are lower, ties by half: the area under the
+    ROC curve that this image contributes. NaN also where no image is typical of t.
     """
     result = torch.full(y.shape, torch.nan, dtype=torch.float64)
-    odd = (taken != NONE) & (taken != y)
+    odd = at_odds(y, taken)
     for own, other in torch.stack((y, taken), 1)[odd].unique(dim=0).tolist():
         rows = odd & (y == own) & (taken == other)
         typical = (y == other) & (taken == other)
@@ -117,9 +121,9 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor, gain: Ten
         if values.shape != y.shape or y.ndim != 1:
             raise ValueError(f"{name} {tuple(values.shape)} for y {tuple(y.shape)}: not (N,)")
     wrong, wrong_again = amplifier != y, again != y
-    at_odds = wrong & (amplifier == again)
+    odd = at_odds(y, agreed(amplifier, again))
     errors = (wrong | wrong_again).sum().item()
-    unanimous = (at_odds & (erm == amplifier)).sum().item()
+    unanimous = (odd & (erm == amplifier)).sum().item()
     erm_errors, guessed = (erm != y).sum().item(), (y != y.mode().values).sum().item()
     excess = (max(wrong.sum().item(), wrong_again.sum().item()) - erm_errors) / len(y)
     poor = min(POOR, max(0, guessed - erm_errors) / len(y) / 2)
@@ -146,7 +150,7 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor, gain: Ten
             and wilson_interval(unanimous, errors)[0] > UNANIMOUS
             and _tells_classes_apart(y, amplifier)
             and _tells_classes_apart(y, again)
-            and 2 * at_odds.sum().item() < len(y),
+            and 2 * odd.sum().item() < len(y),
         ),
         Check(
             name="separable",
@@ -179,7 +183,7 @@ def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor, gain: Ten
         found = True if separable.passed else None
     elif learnt.passed and generator.passed and shared.passed:
         found = False
-    return Verdict(found=found, at_odds=at_odds, checks=checks)
+    return Verdict(found=found, at_odds=odd, checks=checks)
 
 
 def _tells_classes_apart(y: Tensor, predicted: Tensor) -> bool:
