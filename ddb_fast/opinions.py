@@ -17,16 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ddb_fast import checkpoint
-from ddb_fast.classification import (
-    first_network,
-    load_classifier,
-    train_classifier,
-)
+from ddb_fast.classification import first_network, train_classifier
 from ddb_fast.context import Context
 from ddb_fast.data.samplers import Lookup, ShuffledSampler
 from ddb_fast.engine import Sampler
 from ddb_fast.recipes import ERM
-from ddb_fast.scoring import logits_of
+from ddb_fast.scoring import logits_of, read_scores
 from ddb_fast.verdict import agreed, at_odds, standing
 
 logger = logging.getLogger(__name__)
@@ -86,7 +82,7 @@ def gather_opinions(
 ) -> None:
     """Train what the verdict needs and write `folder/predictions.safetensors`; resumable.
 
-    synthetic, amplifier: the run's. parts: where each network's answers are kept meanwhile.
+    synthetic, amplifier: the run's, its scores among them. parts: where each network's answers are kept meanwhile.
     """
     config, accelerator, data = context.config, context.accelerator, context.data
     train, classes, y = data.splits["train"], len(data.classes), data.splits["train"].y
@@ -134,9 +130,6 @@ def gather_opinions(
         )
         return network
 
-    def the_amplifier() -> nn.Module:
-        return load_classifier(amplifier / "model.safetensors")[0].to(context.device)
-
     def another() -> nn.Module:
         tensors, _ = checkpoint.load_tensors(synthetic / "images.safetensors")
         images, labels = tensors["images"].permute(0, 2, 3, 1).contiguous(), tensors["labels"]
@@ -144,13 +137,10 @@ def gather_opinions(
         seed = config.seed + 1
         return trained("again", images, labels, ShuffledSampler(len(labels), seed=seed), seed)
 
-    def predicted(name: str, asked: Callable[[], nn.Module]) -> Tensor:
-        rows = torch.arange(len(y))
-        return kept(name, asked, rows, lambda logits: {"predicted": logits.argmax(1)})["predicted"]
-
+    again = kept("again", another, torch.arange(len(y)), lambda x: {"predicted": x.argmax(1)})
     said = {
-        "amplifier": predicted("amplifier", the_amplifier),
-        "again": predicted("again", another),
+        "amplifier": read_scores(amplifier / "scores.csv").predicted,
+        "again": again["predicted"],
         "erm": torch.empty_like(y),
         "standing": torch.full(y.shape, torch.nan),
         "gain": torch.full(y.shape, torch.nan),
