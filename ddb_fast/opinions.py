@@ -82,7 +82,8 @@ def gather_opinions(
 ) -> None:
     """Train what the verdict needs and write `folder/predictions.safetensors`; resumable.
 
-    synthetic, amplifier: the run's, its scores among them. parts: where each network's answers are kept meanwhile.
+    synthetic, amplifier: the run's folders; what the amplifier says is in its scores. parts: where
+    each other network's answers are kept meanwhile.
     """
     config, accelerator, data = context.config, context.accelerator, context.data
     train, classes, y = data.splits["train"], len(data.classes), data.splits["train"].y
