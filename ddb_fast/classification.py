@@ -39,7 +39,7 @@ def build_network(config: ClassifierConfig, num_classes: int) -> nn.Module:
         config.model, num_classes, image_size=config.image_size, width=config.width
     )
     if config.weights is not None:
-        load_pretrained(network, config.weights, name=config.model)
+        load_pretrained(network, config.weights, name=config.model, image_size=config.image_size)
     return network.to(memory_format=torch.channels_last)
 
 

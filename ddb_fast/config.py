@@ -206,7 +206,8 @@ class ClassifierConfig(Optimisation):
     width: int | None = None
     """cnn and mlp only."""
     weights: str | None = None
-    """None: from scratch; 'imagenet': from the Hub; else a local safetensors file, timm's names."""
+    """None: from scratch; 'imagenet': from the Hub, what timm has for timm:NAME; else a local
+    safetensors file with timm's names."""
     image_size: int = 224
     """Side of the network's input."""
     pixel_norm: Literal["symmetric", "imagenet", "double-255"] = "imagenet"

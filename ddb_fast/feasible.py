@@ -1,18 +1,21 @@
 """Refusals before anything is trained: what would only fail, or mean nothing, at its stage."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from ddb_fast.classification import build_network
 from ddb_fast.config import CONTROLS, ClassifierConfig, RunConfig
+from ddb_fast.data.pixels import normalise
 from ddb_fast.data.store import ImageData
 from ddb_fast.diffusion.samplers import timesteps
 from ddb_fast.generator import build_unet
 from ddb_fast.kernels import use_backend
-from ddb_fast.models.classifiers import linear_head
+from ddb_fast.models.classifiers import TIMM, linear_head
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +23,18 @@ _FEW = 10
 """A validation group of fewer images is warned of, where something is chosen by groups."""
 
 
-def check_feasible(config: RunConfig, *, num_classes: int, world: int) -> None:
-    """Refuse with ValueError, before anything is trained, what would only fail at its stage."""
+def check_feasible(
+    config: RunConfig,
+    *,
+    num_classes: int,
+    world: int,
+    done: Callable[[str], bool] = lambda stage: False,
+) -> None:
+    """Refuse, before anything is trained, what would only fail at its stage.
+
+    done: whether a stage of the run is; pretrained weights are read, or fetched, here for those
+    that are not. ValueError for what cannot be, OSError for weights that are out of reach.
+    """
     parts = {"classifier": config.classifier} if config.methods else {}
     if config.amplifies or CONTROLS.intersection(config.methods):
         parts["amplifier"] = config.amplifier
@@ -43,12 +56,55 @@ def check_feasible(config: RunConfig, *, num_classes: int, world: int) -> None:
                 f"{part.accumulate} accumulated"
             )
         if isinstance(part, ClassifierConfig):
-            with torch.device("meta"):
-                network = build_network(replace(part, weights=None), num_classes)
+            network = _check_classifier(part, name, num_classes)
             if name == "classifier" and "dfr" in config.methods:
                 linear_head(network)
-            if part.weights not in (None, "imagenet") and not Path(part.weights).is_file():
-                raise ValueError(f"{name}.weights: no file {part.weights}")
+            if part.weights is not None and not all(map(done, _trained(config, name))):
+                if part.weights != "imagenet" and not Path(part.weights).is_file():
+                    raise ValueError(f"{name}.weights: no file {part.weights}")
+                _check_weights(part, name, num_classes)
+
+
+def _trained(config: RunConfig, name: str) -> list[str]:
+    """The stages that train networks of a part from its first weights."""
+    if name == "classifier":
+        return [f"{method}/seed{seed}" for method in config.methods for seed in config.seeds]
+    stages = ["real-amplifier"] if CONTROLS.intersection(config.methods) else []
+    if config.amplifies:
+        stages += ["amplifier", "verdict"] if config.audit else ["amplifier"]
+    return stages
+
+
+def _check_classifier(part: ClassifierConfig, name: str, num_classes: int) -> nn.Module:
+    size = part.image_size
+    with torch.device("meta"), torch.no_grad():
+        network = build_network(replace(part, weights=None), num_classes)
+        if not part.model.startswith(TIMM):
+            return network  # its smallest side was looked at
+        try:
+            logits = network(torch.empty(2, 3, size, size))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise ValueError(
+                f"{name}: {part.model} does not take images of {size} pixels: {reason}"
+            ) from error
+    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{name}: {part.model} answers {found}, not (images, classes)")
+    return network
+
+
+def _check_weights(part: ClassifierConfig, name: str, num_classes: int) -> None:
+    network = build_network(part, num_classes)
+    expected = getattr(network, "pretrained_cfg", {}).get("mean")  # timm's
+    if expected is None:
+        return
+    average = 255 * torch.tensor(expected, dtype=torch.float32).view(1, 3, 1, 1)
+    if normalise(average, part.pixel_norm).abs().max() > 0.01:
+        logger.warning(
+            "%s.pixel_norm %s: the weights of %s were trained on pixels of mean %s (of 1)",
+            name, part.pixel_norm, part.model, ", ".join(map(str, expected)),
+        )  # fmt: skip
 
 
 def check_labels(config: RunConfig, data: ImageData) -> None:

@@ -98,14 +98,14 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -
         config, fingerprint=listing.fingerprint, device=device_name(accelerator), writes=main
     )
     classes, world = len(listing.classes), accelerator.num_processes
-    check_feasible(folder.extended(), num_classes=classes, world=world)
+    check_feasible(folder.extended(), num_classes=classes, world=world, done=folder.done)
     try:
         folder.lock()
         accelerator.wait_for_everyone()
         folder.open()
         agree(accelerator, folder.known, str(folder.path / "manifest.json"))
         config = folder.extended()
-        check_feasible(config, num_classes=classes, world=world)
+        check_feasible(config, num_classes=classes, world=world, done=folder.done)
         logger.info("%s", machine)
         return _run_stages(config, accelerator, listing, folder)
     finally:

@@ -5,6 +5,8 @@ import functools
 import importlib.util
 import resource
 import shutil
+import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 import small
@@ -347,6 +350,7 @@ def test_processes_that_do_not_see_the_same_manifest(capsys, tmp_path, monkeypat
         ("--classifier.model vgg", "vgg"),
         ("--amplifier.image_size 4", "8 pixels"),
         ("--classifier.weights absent.safetensors", "absent.safetensors"),
+        ("--classifier.weights imagenet", "no 'imagenet' weights for cnn"),
         ("--sampling.steps 2000", "2000"),
         ("--diffusion.unet.norm_groups 7", "norm_groups 7"),
         ("--diffusion.image_size 15", "sides must be multiples of 2"),
@@ -371,6 +375,90 @@ def test_a_generator_that_cannot_run_is_refused_at_once(capsys, tmp_path):
     words = small.arguments(tmp_path / "out", generator=tmp_path / "diffusion")
     assert "images of 15x15 pixels" in refused(capsys, *words)
     assert not (tmp_path / "out").exists()
+
+
+def with_weights(path, **fields):
+    config = PRESETS["digits"]()
+    return replace(
+        config, classifier=replace(config.classifier, weights=str(path), **fields), seeds=(0, 1)
+    )
+
+
+def test_weights_are_read_before_anything_is_trained(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file({"fc.weight": torch.zeros(10, 96)}, path)
+    with pytest.raises(ValueError, match=r"weights\.safetensors does not fit the network: missing"):
+        check_feasible(with_weights(path), num_classes=10, world=1)
+
+
+def test_weights_of_finished_stages_are_not_asked_for(tmp_path):
+    config = with_weights(tmp_path / "gone.safetensors")
+    stages = {f"{method}/seed{seed}" for method in config.methods for seed in config.seeds}
+    check_feasible(config, num_classes=10, world=1, done=stages.__contains__)
+    for stage in stages:
+        with pytest.raises(ValueError, match=r"classifier\.weights: no file .*gone\.safetensors"):
+            check_feasible(config, num_classes=10, world=1, done=(stages - {stage}).__contains__)
+    config = replace(config, amplifier=config.classifier)
+    config = replace(config, methods=(*config.methods, "real-amplifier-i"))
+    stages |= {"real-amplifier-i/seed0", "real-amplifier-i/seed1"}
+    stages |= {"amplifier", "verdict", "real-amplifier"}
+    check_feasible(config, num_classes=10, world=1, done=stages.__contains__)
+    for stage in ("amplifier", "verdict", "real-amplifier"):
+        with pytest.raises(ValueError, match=r"amplifier\.weights: no file .*gone\.safetensors"):
+            check_feasible(config, num_classes=10, world=1, done=(stages - {stage}).__contains__)
+
+
+@pytest.fixture
+def timms(monkeypatch):
+    """A stand-in for timm with one network, which is to be put in `network`."""
+    timm = types.ModuleType("timm")
+    timm.__version__, timm.is_model = "0", lambda name: True
+    timm.get_pretrained_cfg = lambda name: None
+    timm.create_model = lambda name, **arguments: timm.network()
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    return timm
+
+
+class Halves(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.fc, self.answer = nn.Linear(4, 10), answer
+
+    def forward(self, images):
+        assert images.shape[-1] % 32 == 0
+        return self.answer(self.fc(images[:, 0, :4, :4].mean(1)))
+
+
+@pytest.mark.parametrize(
+    ("size", "answer", "told"),
+    [
+        (16, lambda x: x, "timm:halves does not take images of 16 pixels: .+"),
+        (32, lambda x: (x, x), r"timm:halves answers tuple, not \(images, classes\)"),
+        (32, lambda x: x[:, None], r"timm:halves answers \(2, 1, 10\), not \(images, classes\)"),
+    ],
+)
+def test_a_network_of_timm_that_cannot_serve(timms, size, answer, told):
+    timms.network = lambda: Halves(answer)
+    config = PRESETS["digits"]()
+    part = replace(config.classifier, model="timm:halves", width=None, image_size=size)
+    with pytest.raises(ValueError, match=f"^classifier: {told}$"):
+        check_feasible(replace(config, classifier=part), num_classes=10, world=1)
+
+
+@pytest.mark.parametrize("mean", [None, (0.5, 0.5, 0.5), (0.485, 0.456, 0.406)])
+def test_weights_of_other_pixels_are_warned_of(timms, caplog, tmp_path, mean):
+    def network():
+        module = Halves(lambda x: x)
+        if mean is not None:
+            module.pretrained_cfg = {"mean": mean, "classifier": "fc"}
+        return module
+
+    timms.network = network
+    save_file(nn.Linear(4, 10).state_dict(prefix="fc."), tmp_path / "x.safetensors")
+    fields = {"model": "timm:halves", "width": None, "image_size": 32, "pixel_norm": "symmetric"}
+    check_feasible(with_weights(tmp_path / "x.safetensors", **fields), num_classes=10, world=1)
+    warned = "classifier.pixel_norm symmetric: the weights of timm:halves" in caplog.text
+    assert warned == (mean == (0.485, 0.456, 0.406))
 
 
 def test_the_look_at_a_generator_passes_no_backend_over(monkeypatch):

@@ -7,6 +7,7 @@ saved from timm, loads without timm.
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -63,7 +64,7 @@ def build_classifier(
     if width is not None and width < 1:
         raise ValueError(f"width must be >= 1, got {width}")
     if name.startswith(TIMM):
-        return _timm_network(name, num_classes, image_size=image_size)
+        return _timm_network(name, image_size=image_size, num_classes=num_classes)
     if image_size < SMALLEST_IMAGE[name]:
         raise ValueError(
             f"{name} needs images of {SMALLEST_IMAGE[name]} pixels or more, got {image_size}"
@@ -76,20 +77,24 @@ def build_classifier(
     return NETWORKS[name](**arguments)
 
 
-def load_pretrained(model: nn.Module, source: str, *, name: str) -> bool:
+def load_pretrained(model: nn.Module, source: str, *, name: str, image_size: int) -> bool:
     """Load weights into `model`, in place; return whether its head was loaded too.
 
     source: path of a local safetensors file with the parameter names of the network `name`, which
     are timm's, or "imagenet" for the file of timm's Hub repository (resnet18, resnet50,
-    densenet121). A head for another number of classes is left as it was.
+    densenet121) and for what timm itself fetches for timm:NAME, fitted to image_size pixels where
+    that network's input is fixed. A head for another number of classes is left as it was.
     OSError when the file or the Hub cannot be read; ValueError for a file that is not safetensors
     or does not fit (nothing is loaded then), and for "imagenet" where no such weights exist.
     """
-    path = _download(name) if source == "imagenet" else Path(source)
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    if source == "imagenet" and name.startswith(TIMM):
+        path, tensors = name, _timm_weights(name, image_size=image_size)
+    else:
+        path = _download(name) if source == "imagenet" else Path(source)
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
     own = model.state_dict()
     head = {key for key in own.keys() & tensors.keys() if key.startswith(_head_prefixes(model))}
     other_classes = any(
@@ -104,7 +109,7 @@ def load_pretrained(model: nn.Module, source: str, *, name: str) -> bool:
     return not other_classes
 
 
-def _timm_network(name: str, num_classes: int, *, image_size: int) -> nn.Module:
+def _timm_network(name: str, *, image_size: int, **arguments: Any) -> nn.Module:
     try:
         import timm
     except (ImportError, RuntimeError) as error:
@@ -116,11 +121,23 @@ def _timm_network(name: str, num_classes: int, *, image_size: int) -> nn.Module:
     timm_name = name.removeprefix(TIMM)
     if not timm.is_model(timm_name):
         raise ValueError(f"timm {timm.__version__} has no network {timm_name!r}")
-    arguments = {"num_classes": num_classes, "in_chans": 3}
-    pretrained = timm.get_pretrained_cfg(timm_name)
-    if pretrained is not None and pretrained.fixed_input_size:
-        arguments["img_size"] = image_size
-    return timm.create_model(timm_name, **arguments)
+    try:
+        pretrained = timm.get_pretrained_cfg(timm_name)
+        if pretrained is not None and pretrained.fixed_input_size:
+            arguments["img_size"] = image_size
+        return timm.create_model(timm_name, in_chans=3, **arguments)
+    except RuntimeError as error:  # of a tag that is none, or without weights where they are wanted
+        raise ValueError(f"{name}: timm {timm.__version__}: {error}") from error
+
+
+def _timm_weights(name: str, *, image_size: int) -> dict[str, Tensor]:
+    try:
+        return _timm_network(name, image_size=image_size, pretrained=True).state_dict()
+    except OSError as error:
+        raise OSError(
+            f"timm cannot fetch the weights of {name} ({error}); fetch them where the Hub is "
+            "reachable and give the path of a safetensors file with timm's names instead"
+        ) from error
 
 
 def _download(name: str) -> Path:
@@ -160,7 +177,7 @@ def linear_head(model: nn.Module) -> nn.Linear:
     return heads[0]
 
 
-def _require_fit(own: dict[str, Tensor], tensors: dict[str, Tensor], *, path: Path) -> None:
+def _require_fit(own: dict[str, Tensor], tensors: dict[str, Tensor], *, path: Path | str) -> None:
     problems = {
         # Batch norm's step counter decides nothing at a fixed momentum; files older than it exist.
         "missing": [

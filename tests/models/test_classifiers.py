@@ -140,21 +140,44 @@ def test_timm_beside_a_broken_torchvision(monkeypatch, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A stand-in for timm that knows `known.tag`; `created` holds what it was asked to build."""
+    timm = types.ModuleType("timm")
+    timm.__version__ = "0"
+    timm.created = []
+    timm.is_model = lambda name: name == "known.tag"
+    timm.get_pretrained_cfg = lambda name: types.SimpleNamespace(fixed_input_size=False)
+
+    def create_model(name, *, num_classes=1000, **arguments):
+        timm.created.append((name, arguments))
+        torch.manual_seed(len(timm.created))
+        return build_classifier("cnn", num_classes, image_size=32)
+
+    timm.create_model = create_model
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    return timm
+
+
 @pytest.mark.parametrize("fixed", [True, False])
-def test_timm_gets_an_image_size_only_where_it_is_fixed(monkeypatch, fixed):
+def test_timm_gets_an_image_size_only_where_it_is_fixed(stand_in, fixed):
     """`img_size` is an error for timm's convolutional networks and needed for its transformers."""
-    stand_in = types.ModuleType("timm")
-    stand_in.__version__ = "0"
-    stand_in.is_model = lambda name: name == "known.tag"
     stand_in.get_pretrained_cfg = lambda name: types.SimpleNamespace(fixed_input_size=fixed)
-    stand_in.create_model = lambda name, **arguments: (name, arguments)
-    monkeypatch.setitem(sys.modules, "timm", stand_in)
-    name, arguments = network("timm:known.tag", 7, image_size=64)
-    assert name == "known.tag"
-    assert arguments.pop("img_size", None) == (64 if fixed else None)
-    assert arguments == {"num_classes": 7, "in_chans": 3}
+    assert network("timm:known.tag", 7, image_size=64).fc.out_features == 7
+    size = {"img_size": 64} if fixed else {}
+    assert stand_in.created == [("known.tag", {"in_chans": 3} | size)]
     with pytest.raises(ValueError, match="no network 'other'"):
         network("timm:other")
+
+
+@pytest.mark.parametrize("tag", [True, False])
+def test_timm_without_the_tag_or_the_weights(stand_in, tag):
+    def refuse(*arguments, **named):
+        raise RuntimeError("no such thing")
+
+    setattr(stand_in, "get_pretrained_cfg" if tag else "create_model", refuse)
+    with pytest.raises(ValueError, match=r"timm:known\.tag: timm 0: no such thing"):
+        network("timm:known.tag")
 
 
 # Pretrained weights.
@@ -171,7 +194,7 @@ def weights_file(path, name, num_classes):
 def test_weights_round_trip(name, tmp_path):
     path, source = weights_file(tmp_path / "weights.safetensors", name, 5)
     model = network(name)
-    assert load_pretrained(model, path, name=name) is True
+    assert load_pretrained(model, path, name=name, image_size=32) is True
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(model.eval()(images), source(images))
 
@@ -182,7 +205,7 @@ def test_head_of_other_classes_keeps_its_initialisation(name, head, tmp_path, ca
     model = network(name)
     own = {key: value.clone() for key, value in model.state_dict().items()}
     with caplog.at_level(logging.INFO):
-        assert load_pretrained(model, path, name=name) is False
+        assert load_pretrained(model, path, name=name, image_size=32) is False
     assert "head for another number of classes" in caplog.text
     loaded, theirs = model.state_dict(), source.state_dict()
     for key, value in loaded.items():
@@ -194,7 +217,7 @@ def test_files_without_batch_counters_load(tmp_path):
     tensors = load_file(path)
     save_file({k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}, path)
     model = network("cnn")
-    assert load_pretrained(model, path, name="cnn") is True
+    assert load_pretrained(model, path, name="cnn", image_size=32) is True
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(model.eval()(images), source(images))
 
@@ -223,7 +246,7 @@ def test_a_file_that_does_not_fit_is_refused_whole(change, message, tmp_path):
     model = network("cnn")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        load_pretrained(model, path, name="cnn")
+        load_pretrained(model, path, name="cnn", image_size=32)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -233,15 +256,15 @@ def test_weights_of_another_network_are_refused(tmp_path):
         ValueError,
         match=r"missing: conv1\.weight, .* and 96 more; unexpected: features\.0\.weight, ",
     ):
-        load_pretrained(network("resnet18"), path, name="resnet18")
+        load_pretrained(network("resnet18"), path, name="resnet18", image_size=32)
 
 
 def test_a_path_that_is_no_safetensors_file(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"PK\x03\x04 not tensors at all")
     with pytest.raises(ValueError, match=r"weights\.pth is not a safetensors file"):
-        load_pretrained(network("cnn"), str(tmp_path / "weights.pth"), name="cnn")
+        load_pretrained(network("cnn"), str(tmp_path / "weights.pth"), name="cnn", image_size=32)
     with pytest.raises(FileNotFoundError, match="absent"):
-        load_pretrained(network("cnn"), str(tmp_path / "absent"), name="cnn")
+        load_pretrained(network("cnn"), str(tmp_path / "absent"), name="cnn", image_size=32)
 
 
 def test_imagenet_comes_from_timms_repository(monkeypatch, tmp_path):
@@ -254,7 +277,7 @@ def test_imagenet_comes_from_timms_repository(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
     model = network("resnet18")
-    assert load_pretrained(model, "imagenet", name="resnet18") is False
+    assert load_pretrained(model, "imagenet", name="resnet18", image_size=32) is False
     assert asked == [("timm/resnet18.tv_in1k", "model.safetensors")]
     assert torch.equal(model.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
 
@@ -266,13 +289,36 @@ def test_unreachable_hub_says_what_to_do(monkeypatch, name):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
     with pytest.raises(OSError, match=rf"timm/{name}\.tv_in1k.*check your connection.*its path"):
-        load_pretrained(network("cnn"), "imagenet", name=name)
+        load_pretrained(network("cnn"), "imagenet", name=name, image_size=32)
 
 
-@pytest.mark.parametrize("name", ["cnn", "mlp", "timm:vit_tiny"])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_imagenet_for_timms_networks_is_what_timm_fetches(stand_in, fixed):
+    stand_in.get_pretrained_cfg = lambda name: types.SimpleNamespace(fixed_input_size=fixed)
+    model = network("cnn", 7)
+    head = model.fc.weight.clone()
+    assert load_pretrained(model, "imagenet", name="timm:known.tag", image_size=64) is False
+    size = {"img_size": 64} if fixed else {}
+    assert stand_in.created == [("known.tag", {"in_chans": 3, "pretrained": True} | size)]
+    torch.manual_seed(1)
+    fetched = build_classifier("cnn", 1000, image_size=32)
+    assert torch.equal(model.features[0].weight, fetched.features[0].weight)
+    assert torch.equal(model.fc.weight, head)
+
+
+def test_timms_weights_out_of_reach(stand_in):
+    def refuse(*arguments, **named):
+        raise LocalEntryNotFoundError("check your connection")
+
+    stand_in.create_model = refuse
+    with pytest.raises(OSError, match=r"timm:known\.tag .*check your connection.*safetensors file"):
+        load_pretrained(network("cnn"), "imagenet", name="timm:known.tag", image_size=32)
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp"])
 def test_no_imagenet_weights_for_the_others(name):
     with pytest.raises(ValueError, match=f"no 'imagenet' weights for {name}"):
-        load_pretrained(network("cnn"), "imagenet", name=name)
+        load_pretrained(network("cnn"), "imagenet", name=name, image_size=32)
 
 
 # The last layer.
