@@ -80,17 +80,21 @@ def standing(logits: Tensor, y: Tensor, taken: Tensor) -> Tensor:
     """
     result = torch.full(y.shape, torch.nan, dtype=torch.float64)
     odd = at_odds(y, taken)
-    for own, other in torch.stack((y, taken), 1)[odd].unique(dim=0).tolist():
-        rows = odd & (y == own) & (taken == other)
-        typical = (y == other) & (taken == other)
-        margin = logits[:, own].double() - logits[:, other].double()
-        compared = margin[typical].sort().values
-        if len(compared):
-            asked = margin[rows]
+    for other in taken[odd].unique().tolist():
+        of_other = taken == other
+        usual, unusual = logits[of_other & (y == other)], (of_other & odd).nonzero()[:, 0]
+        for own in y[unusual].unique().tolist() if len(usual) else ():
+            rows = unusual[y[unusual] == own]
+            compared = _margin(usual, own, other).sort().values
+            asked = _margin(logits[rows], own, other)
             below = torch.searchsorted(compared, asked)
             above = torch.searchsorted(compared, asked, right=True)
             result[rows] = (below + above).double() / (2 * len(compared))
     return result
+
+
+def _margin(logits: Tensor, own: int, other: int) -> Tensor:
+    return logits[:, own].double() - logits[:, other].double()
 
 
 def judge(y: Tensor, *, amplifier: Tensor, again: Tensor, erm: Tensor, gain: Tensor) -> Verdict:
