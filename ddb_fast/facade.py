@@ -46,7 +46,10 @@ class Part:
         return torch.tensor([e.y for e in self.data.listing.entries if e.split == self.split])
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return sum(e.split == self.split for e in self.data.listing.entries)
+
+    def __repr__(self) -> str:
+        return f"Part({self.data.listing.name}: {len(self)} {self.split} images)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,11 @@ class Data:
 
     config: DataConfig
     listing: Listing
+
+    def __repr__(self) -> str:
+        parts = (self.train, self.val, self.test)
+        splits = ", ".join(f"{len(part)} {part.split}" for part in parts)
+        return f"Data({self.listing.name}: {len(self.classes)} classes, {splits} images)"
 
     def check_unchanged(self) -> None:
         """ValueError where the images, labels or splits are others than when they were listed."""
@@ -149,6 +157,9 @@ class Amplifier:
 
     finished: FinishedRun
     device: torch.device
+
+    def __repr__(self) -> str:
+        return f"Amplifier({self.finished.path})"
 
     def score(self, images: Part | Data) -> ScoreTable:
         """A row for each image of a split, or of all: prediction, loss, score, pseudo label.

@@ -32,6 +32,7 @@ from ddb_fast.data.sources import check_outside, open_listing
 from ddb_fast.data.store import ImageData, open_images
 from ddb_fast.engine import agree
 from ddb_fast.feasible import check_feasible, check_labels
+from ddb_fast.fields import flatten
 from ddb_fast.generator import (
     import_diffusion,
     import_synthetic,
@@ -185,7 +186,7 @@ def _run_stages(
     main, path = accelerator.is_main_process, folder.path
     log = RunLog(accelerator, path / "log.jsonl", mirror=config.tracker != "none")
     if config.tracker != "none":
-        accelerator.init_trackers("ddb_fast", config={"preset": config.preset})
+        _init_tracker(config, accelerator)
     began = time.monotonic()
     meta = path / "cache" / "meta.json"
     with accelerator.main_process_first():
@@ -227,6 +228,16 @@ def _run_stages(
         print(f"report:  {path / 'report.html'}")
     accelerator.wait_for_everyone()
     return results
+
+
+def _init_tracker(config: RunConfig, accelerator: Accelerator) -> None:
+    plain = (bool, int, float, str)  # what every tracker takes
+    fields = {k: v if isinstance(v, plain) else str(v) for k, v in flatten(config).items()}
+    try:
+        accelerator.init_trackers("ddb_fast", config=fields)
+    except Exception as error:  # whatever a tracker raises: not logged in, no network
+        accelerator.trackers = []  # the end of one that never began hides the reason
+        raise ValueError(f"tracker {config.tracker}: {error}") from error
 
 
 def write_results(

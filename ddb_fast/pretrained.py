@@ -213,7 +213,8 @@ class _OfImages:
         check_input(images)
         if images.is_floating_point():
             images = images.float() * 255
-        return self.network(normalise(self._view(images), self.config.pixel_norm)).float()
+        pixels = normalise(self._view(images), self.config.pixel_norm)
+        return self.network(pixels.to(next(self.network.parameters()).dtype)).float()
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> list[str]:
@@ -351,7 +352,13 @@ class Generator(_Model):
         smaller, and halved where memory does not suffice. ValueError for labels, seeds or options
         that there are not.
         """
-        labels, seeds = (torch.as_tensor(values, dtype=torch.int64) for values in (labels, seeds))
+        try:
+            labels, seeds = map(torch.as_tensor, (labels, seeds))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"labels and seeds must be whole numbers: {error}") from error
+        if labels.numel() and (labels.is_floating_point() or seeds.is_floating_point()):
+            raise ValueError("labels and seeds must be whole numbers, not floating point")
+        labels, seeds = labels.long(), seeds.long()
         if labels.ndim != 1 or labels.shape != seeds.shape or not len(labels):
             raise ValueError(
                 f"labels {tuple(labels.shape)} and seeds {tuple(seeds.shape)} must be as many, and "

@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,8 +165,16 @@ class ScoreTable:
     score: np.ndarray | None = None
     conflicting: np.ndarray | None = None
 
+    def __post_init__(self) -> None:
+        for name, column in vars(self).items():
+            if name != "classes" and column is not None and len(column) != len(self):
+                raise ValueError(f"{name} has {len(column)} values for {len(self)} images")
+
     def __len__(self) -> int:
         return len(self.path)
+
+    def __repr__(self) -> str:
+        return f"ScoreTable({len(self)} images, {len(self.classes)} classes)"
 
     def columns(self, *, probabilities: bool = True) -> dict[str, Any]:
         """Name -> N values, in the order of COLUMNS: what a data frame is made of.
@@ -251,10 +260,15 @@ def _cell(value: Any) -> Any:
 def table_format(path: str | Path | None, format: str | None = None) -> str:
     """The format of a table to be written: as asked, else by the path's ending, CSV without a path.
 
-    ValueError, one line, for another one, and for parquet without a path or without pyarrow.
+    ValueError, one line, for another one, for a path where no file can be written, and for parquet
+    without a path or without pyarrow.
     """
-    if path is not None and Path(path).is_dir():
-        raise ValueError(f"{path}: a folder; name a file")
+    if path is not None:
+        if Path(path).is_dir():
+            raise ValueError(f"{path}: a folder; name a file")
+        there = next(folder for folder in Path(path).absolute().parents if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"{path}: no file can be written in {there}")
     if format is None:
         format = "csv" if path is None else Path(path).suffix.lower().lstrip(".")
     if format not in FORMATS:
@@ -336,12 +350,13 @@ def rows_of_scores(path: Path) -> Iterator[Iterator[dict[str, str]]]:
         raise ValueError(f"{path}: not a table of scores with labels ({why})") from None
 
 
-def read_scores(path: Path, *, images: int | None = None) -> Scores:
+def read_scores(path: str | Path, *, images: int | None = None) -> Scores:
     """The training rows of `scores.csv`; ValueError if it is none, or has none of them.
 
     images: of how many the table is, with those of other splits, where that is known: ValueError
     for another number of rows, which a table that was cut between two of them has.
     """
+    path = Path(path)
     count, y, predicted, loss, score, conflicting = 0, [], [], [], [], []
     with rows_of_scores(path) as rows:
         # As they are read: rows as dictionaries take ten times what is kept of them.

@@ -89,10 +89,11 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def _apart() -> Iterator[None]:
-    """Give back accelerate's state and torch's random numbers as they were, to a notebook say.
+    """Give back accelerate's state, torch's random numbers and threads as they were, to a notebook.
 
-    accelerate has one state a process: without this a second run could have no other precision, and
-    an Accelerator of the caller's own would take over a run's.
+    Gradients that the caller switched off are on meanwhile. accelerate has one state a process:
+    without this a second run could have no other precision, and an Accelerator of the caller's own
+    would take over a run's.
     """
     import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -105,10 +106,12 @@ def _apart() -> Iterator[None]:
     for state in states:
         state.clear()
     gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    threads = torch.get_num_threads()
     try:
-        with torch.random.fork_rng(gpus):
+        with torch.random.fork_rng(gpus), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
+        torch.set_num_threads(threads)
         for state, before in zip(states, kept, strict=True):
             state.clear()
             state.update(before)

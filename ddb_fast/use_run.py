@@ -65,6 +65,11 @@ def _images(run: "FinishedRun", arguments: argparse.Namespace) -> DataConfig:
     """The images that a command line means; ValueError where the run's own have changed."""
     config = data_config(run.config.data, arguments.data, arguments.source, arguments.rho)
     if arguments.data is None and config == run.config.data:
+        if config.path is not None and not Path(config.path).exists():
+            raise ValueError(
+                f"{config.path}: nothing is there; if the run's images lie elsewhere now, --data "
+                "names the place"
+            )
         _check_unchanged(run, "--data names others")
     return config
 

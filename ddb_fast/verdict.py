@@ -262,7 +262,8 @@ def sentences(verdict: Verdict, count: int) -> list[str]:
         f"No bias was found among {count} training images.",
         "Networks that learnt from generated images alone err on some real ones, but on only "
         f"{share:.0f} % of these do they and a network trained on the real images agree.",
-        "A shortcut that only a few images break, or none, leaves too little to be found.",
+        "Not every shortcut would have been: one that only a few images break, or that few follow, "
+        "may be missed, and one beside something that shows the class as plainly.",
     ]
 
 

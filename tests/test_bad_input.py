@@ -12,7 +12,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate import tracking
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -467,6 +470,32 @@ def test_the_look_at_a_generator_passes_no_backend_over(monkeypatch):
     monkeypatch.setattr(dispatch, "_log_once", lambda *words: logged.append(words))
     check_feasible(PRESETS["digits"](), num_classes=10, world=1)
     assert logged == []
+
+
+def test_a_tracker_that_does_not_start(monkeypatch, capsys, tmp_path):
+    """Its own words are told, not those of ending what never began; the folder stays of use."""
+
+    class Wandb(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "wandb", False, True
+
+        def __init__(self, *arguments, **options):
+            super().__init__()
+
+        tracker = None
+
+        def start(self):
+            raise RuntimeError("No API key configured.\nUse wandb login.")
+
+        def finish(self):
+            raise AttributeError("no attribute 'run'")
+
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.WANDB])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Wandb)
+    words = small.arguments(tmp_path / "out")
+    line = refused(capsys, *words, "--tracker", "wandb")
+    assert line.endswith("tracker wandb: No API key configured. Use wandb login.")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words, prog="ddb-fast run") == 0
 
 
 def test_synthetic_images_of_other_classes(capsys, tmp_path):

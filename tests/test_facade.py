@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +40,7 @@ def test_importing_the_package_imports_no_torch():
 def test_scores_are_the_runs_own(fitted):
     data, amplifier = fitted
     scores = amplifier.score(data.train)
-    kept = scoring.read_scores(amplifier.finished.path / "amplifier" / "scores.csv")
+    kept = scoring.read_scores(str(amplifier.finished.path / "amplifier" / "scores.csv"))
     assert list(scores.path) == list(data.train.paths) and len(scores) == len(data.train) == 1164
     assert torch.equal(torch.from_numpy(scores.y), data.train.y)
     np.testing.assert_allclose(scores.score, kept.score, rtol=1e-6)
@@ -73,6 +74,22 @@ def test_a_classifier_is_trained_from_scores_changed_by_hand(fitted, tmp_path):
     scores.conflicting[0] ^= True
     with pytest.raises(ValueError, match=r"pseudo_labels\.load is"):
         ddb_fast.debias(data, scores, **call)
+
+
+def test_what_a_notebook_shows_is_a_line(fitted):
+    data, amplifier = fitted
+    assert repr(data) == "Data(digits: 10 classes, 1164 train, 129 val, 5040 test images)"
+    assert repr(data.val) == "Part(digits: 129 val images)"
+    assert repr(amplifier) == f"Amplifier({amplifier.finished.path})"
+    scores = amplifier.score(data.val)
+    assert repr(scores) == "ScoreTable(129 images, 10 classes)"
+    assert repr(replace(scores, y=None)) == "ScoreTable(129 images, 10 classes)"
+
+
+def test_columns_of_a_table_are_as_long_as_it(fitted):
+    scores = fitted[1].score(fitted[0].val)
+    with pytest.raises(ValueError, match="conflicting has 3 values for 129 images"):
+        replace(scores, conflicting=np.zeros(3, bool))
 
 
 def test_refusals(fitted, tmp_path):

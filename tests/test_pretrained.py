@@ -137,6 +137,17 @@ def test_predictions_give_the_accuracy_of_the_results(seed, run):
     assert sum(correct) / len(test) == metrics["average_accuracy"]["seeds"][seed]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_network_in_another_number_format_takes_images_all_the_same(dtype, run):
+    images = torch.randint(0, 256, (40, SMALL, SMALL, 3), dtype=torch.uint8)
+    model = Classifier.from_run(run, method="erm", seed=0)
+    expected = answers(model, images)
+    logits = answers(model.to(dtype), images)
+    assert logits.dtype == torch.float32
+    bound = 1e-5 if dtype == torch.float64 else 5e-2
+    torch.testing.assert_close(logits, expected, rtol=bound, atol=bound)
+
+
 def test_the_amplifiers_losses_are_those_of_the_scores(run):
     table = rows(run)
     logits = answers(BiasAmplifier.from_run(run), cached(run, "small", SMALL))
@@ -476,6 +487,9 @@ def test_files_that_are_none(files, got, folders):
         ([0, 10], [1, 2], {}, "label 10"),
         ([-1], [1], {}, "label -1"),
         ([0], [-4], {}, "seed -4"),
+        ([0.5], [1], {}, "whole numbers"),
+        (["0"], [1], {}, "whole numbers"),
+        ([0], [2**63], {}, "whole numbers"),
         ([0, 1], [1], {}, "as many"),
         ([], [], {}, "at least one"),
         ([[0]], [[0]], {}, "as many"),

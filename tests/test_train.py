@@ -56,15 +56,22 @@ def test_a_run_leaves_its_caller_as_it_was(monkeypatch, tmp_path):
     def pipeline(config, accelerator, machine):
         seen.append((accelerator.mixed_precision, accelerator.gradient_accumulation_steps))
         torch.manual_seed(7)
+        assert torch.get_num_threads() == 1
+        torch.ones(1, requires_grad=True).mul(2).backward()  # whatever the caller switched off
 
     def call(precision):
         fields = {"precision": precision, "out": str(tmp_path), "threads": 1}
         run(with_fields(load_config("digits"), fields))
 
     monkeypatch.setattr("ddb_fast.pipeline.run_pipeline", pipeline)
-    before = torch.get_rng_state()
-    call("fp32")
-    call("bf16")
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    with torch.inference_mode():
+        call("fp32")
+    with torch.no_grad():
+        call("bf16")
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(threads)
     assert seen == [("no", 1), ("bf16", 1)]
     assert torch.equal(torch.get_rng_state(), before)
     own = Accelerator(cpu=True, gradient_accumulation_steps=4)

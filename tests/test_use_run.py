@@ -148,6 +148,28 @@ def test_files_are_written_in_the_format_of_their_name(run, photos, tmp_path, ca
     assert [f"{row['score']:.9g}" for row in rows] == [row["score"] for row in own]
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddb_fast.apply.score", lambda *_, **__: pytest.fail("scored"))
+    (tmp_path / "file.csv").touch()
+    for out, told in (
+        (tmp_path / "file.csv" / "scores.csv", "no file can be written in .*file.csv$"),
+        (tmp_path, "a folder; name a file"),
+    ):
+        with pytest.raises(ValueError, match=f"^{out}: {told}"):
+            use_run.score([str(run), "--out", str(out), "--format", "csv"])
+
+
+def test_images_that_have_moved(run, tmp_path):
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    config = json.loads((moved / "config.json").read_text())
+    config["data"]["path"] = str(tmp_path / "gone")
+    (moved / "config.json").write_text(json.dumps(config))
+    told = r"gone: nothing is there; if the run's images lie elsewhere now, --data names the place"
+    with pytest.raises(ValueError, match=told):
+        use_run.score([str(moved)])
+
+
 def test_a_broken_image_stops_or_is_left_out(run, photos, tmp_path, capsys, caplog):
     data = tmp_path / "0"
     data.mkdir()

@@ -32,7 +32,9 @@ def _on_device(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
 def _statistics(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     if kind not in _STATISTICS:
         raise ValueError(f"pixel normalisation {kind!r} is none of {', '.join(_STATISTICS)}")
-    return _on_device(kind, device)
+    # An exporter's stand-ins for tensors, once kept, would be what every later call gets.
+    tracing = torch.compiler.is_compiling()
+    return (_on_device.__wrapped__ if tracing else _on_device)(kind, device)
 
 
 def _check_images(images: Tensor) -> None:

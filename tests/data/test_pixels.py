@@ -98,3 +98,16 @@ def test_training_may_follow_evaluation():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_what_an_exporter_made_is_not_kept(monkeypatch):
+    """Its stand-ins for tensors would be what every later call of the process gets."""
+    monkeypatch.setattr(pixels, "_on_device", pixels.cache(pixels._on_device.__wrapped__))
+
+    class Normalise(torch.nn.Module):
+        def forward(self, images):
+            return normalise(images, "imagenet")
+
+    exported = torch.export.export(Normalise(), (EVERY_VALUE,)).module()
+    after = normalise(EVERY_VALUE, "imagenet")
+    assert type(after) is torch.Tensor and torch.equal(exported(EVERY_VALUE), after)
