@@ -20,7 +20,12 @@ from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.store import gather, resident
 from ddb_fast.engine import Sampler, Selection, fit, step_seed
 from ddb_fast.fields import from_dict
-from ddb_fast.models.classifiers import build_classifier, linear_head, load_pretrained
+from ddb_fast.models.classifiers import (
+    build_classifier,
+    channels_last,
+    linear_head,
+    load_pretrained,
+)
 from ddb_fast.recipes import ERM
 from ddb_fast.scoring import (
     COLUMNS,
@@ -40,7 +45,7 @@ def build_network(config: ClassifierConfig, num_classes: int) -> nn.Module:
     )
     if config.weights is not None:
         load_pretrained(network, config.weights, name=config.model, image_size=config.image_size)
-    return network.to(memory_format=torch.channels_last)
+    return channels_last(network)
 
 
 def first_network(config: ClassifierConfig, num_classes: int, *, seed: int) -> nn.Module:
@@ -129,8 +134,7 @@ def load_classifier(path: Path) -> tuple[nn.Module, ClassifierConfig, tuple[str,
         config.model, len(metadata["classes"]), image_size=config.image_size, width=config.width
     )
     checkpoint.load_into(network, tensors, source=str(path))
-    network = network.to(memory_format=torch.channels_last)
-    return network.eval(), config, tuple(metadata["classes"])
+    return channels_last(network).eval(), config, tuple(metadata["classes"])
 
 
 def features_of(

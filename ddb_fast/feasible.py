@@ -15,7 +15,7 @@ from ddb_fast.data.store import ImageData
 from ddb_fast.diffusion.samplers import timesteps
 from ddb_fast.generator import build_unet
 from ddb_fast.kernels import use_backend
-from ddb_fast.models.classifiers import TIMM, linear_head
+from ddb_fast.models.classifiers import first_line, linear_head, load_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,25 @@ def check_feasible(
                 f"{part.accumulate} accumulated"
             )
         if isinstance(part, ClassifierConfig):
-            network = _check_classifier(part, name, num_classes)
-            if name == "classifier" and "dfr" in config.methods:
-                linear_head(network)
+            network = _check_classifier(part, name, num_classes, world=world)
+            if user := _user_of_features(config, name, done):
+                try:
+                    linear_head(network)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{name}.model {part.model} does not serve {user}: {error}"
+                    ) from None
             if part.weights is not None and not all(map(done, _trained(config, name))):
                 if part.weights != "imagenet" and not Path(part.weights).is_file():
                     raise ValueError(f"{name}.weights: no file {part.weights}")
                 _check_weights(part, name, num_classes)
+
+
+def _user_of_features(config: RunConfig, name: str, done: Callable[[str], bool]) -> str | None:
+    if name == "classifier":
+        return "method dfr" if "dfr" in config.methods else None
+    copies = config.amplifies and config.audit and not done("memorisation")
+    return "the audit, which looks for copies by its features (--audit false)" if copies else None
 
 
 def _trained(config: RunConfig, name: str) -> list[str]:
@@ -75,27 +87,30 @@ def _trained(config: RunConfig, name: str) -> list[str]:
     return stages
 
 
-def _check_classifier(part: ClassifierConfig, name: str, num_classes: int) -> nn.Module:
-    size = part.image_size
+def _check_classifier(
+    part: ClassifierConfig, name: str, num_classes: int, *, world: int
+) -> nn.Module:
+    """The network on torch's meta device, after one pass of as many images as a step has."""
+    size, count = part.image_size, part.batch_size // (world * part.accumulate)
     with torch.device("meta"), torch.no_grad():
         network = build_network(replace(part, weights=None), num_classes)
-        if not part.model.startswith(TIMM):
-            return network  # its smallest side was looked at
         try:
-            logits = network(torch.empty(2, 3, size, size))
+            logits = network(torch.empty(count, 3, size, size))
         except (RuntimeError, ValueError, AssertionError) as error:
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise ValueError(
-                f"{name}: {part.model} does not take images of {size} pixels: {reason}"
+                f"{name}: {part.model} does not take {count} images of {size} pixels at a time: "
+                f"{first_line(error)}"
             ) from error
-    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+    if not isinstance(logits, Tensor) or logits.shape != (count, num_classes):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"{name}: {part.model} answers {found}, not (images, classes)")
     return network
 
 
 def _check_weights(part: ClassifierConfig, name: str, num_classes: int) -> None:
-    network = build_network(part, num_classes)
+    network = build_network(replace(part, weights=None), num_classes)
+    if not load_pretrained(network, part.weights, name=part.model, image_size=part.image_size):
+        logger.info("%s.weights: without a head for these classes; a new one is trained", name)
     expected = getattr(network, "pretrained_cfg", {}).get("mean")  # timm's
     if expected is None:
         return

@@ -106,7 +106,8 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, *, machine: str) -
         folder.open()
         agree(accelerator, folder.known, str(folder.path / "manifest.json"))
         config = folder.extended()
-        check_feasible(config, num_classes=classes, world=world, done=folder.done)
+        # Another command may have added methods since; the weights have just been read.
+        check_feasible(config, num_classes=classes, world=world, done=lambda stage: True)
         logger.info("%s", machine)
         return _run_stages(config, accelerator, listing, folder)
     finally:

@@ -29,7 +29,7 @@ from ddb_fast.diffusion.generate import generate_within_memory, sampling_options
 from ddb_fast.fields import from_dict
 from ddb_fast.generator import build_unet, load_diffusion, save_diffusion
 from ddb_fast.model_card import card
-from ddb_fast.models.classifiers import build_classifier
+from ddb_fast.models.classifiers import build_classifier, channels_last
 from ddb_fast.provenance import FinishedRun, facts, read_json
 
 FORMAT = 1
@@ -168,9 +168,11 @@ class _OfImages:
         self.classes = tuple(classes)
         self.config = config = from_dict(ClassifierConfig, network, prefix="network.")
         self.files = from_dict(Files, images, prefix="images.")
-        self.network = build_classifier(
-            config.model, len(classes), image_size=config.image_size, width=config.width
-        ).to(memory_format=torch.channels_last)
+        self.network = channels_last(
+            build_classifier(
+                config.model, len(classes), image_size=config.image_size, width=config.width
+            )
+        )
 
     @classmethod
     def _taken(

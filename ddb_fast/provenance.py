@@ -22,6 +22,7 @@ from ddb_fast.scoring import rows_of_scores
 
 _STARTERS = ("ddb-fast", "train.py", "cli.py")
 _NUMBER = re.compile(r"-?[\d_]+(\.\d+)?(e-?\d+)?(,-?[\d.]+)*")
+_TIMM = re.compile(r"timm:[\w.]+")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -173,7 +174,8 @@ def shown_command(words: Sequence[str]) -> str | None:
     options = {f"--{name}" for name in (*texts, *SHORT)}
 
     def shown(word: str) -> str:
-        return word if word in known or _NUMBER.fullmatch(word) else "..."
+        named = word in known or _NUMBER.fullmatch(word) or _TIMM.fullmatch(word)
+        return word if named else "..."
 
     answer = ["ddb-fast run"]
     for word in words[2 if words[1:2] == ["run"] else 1 :]:

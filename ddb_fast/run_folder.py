@@ -35,6 +35,8 @@ GIVEN = {
     "pseudo_labels.load": "scores",
 }
 """What may be given to a run, and the stage that makes a copy of it."""
+PRETRAINED = ("amplifier.weights", "classifier.weights")
+"""What networks start from: no copy is made, and a run that has trained them all needs no file."""
 
 
 def is_copied(config: RunConfig, name: str) -> bool:
@@ -132,6 +134,15 @@ class RunFolder:
         self._contents = {"data.fingerprint": fingerprint}
         self._places = {name: flatten(config)[name] for name in GIVEN}
         given = [name for name, place in self._places.items() if place is not None]
+        self._gone = []
+        for name in PRETRAINED:
+            place = flatten(config)[name]
+            if place not in (None, "imagenet"):
+                self._places[name] = place
+                if Path(place).is_file():
+                    self._contents[name] = _digest(name, Path(place))
+                else:
+                    self._gone.append(name)
         self._copied = [name for name in given if is_copied(config, name)]
         for name in given:
             if name not in self._copied:
@@ -202,8 +213,11 @@ class RunFolder:
                 # Runs from before its contents counted are bound to the place of what was given.
                 if there == here or (there is not None and there == self._places.get(name)):
                     continue
+                if name in self._gone and there not in (None, "imagenet"):
+                    continue
                 differences[name] = f"{name} is {there} there, {here} here"
-                if name in GIVEN and None not in (there, here):  # two digests tell nobody anything
+                # Two digests tell nobody anything.
+                if name in self._places and None not in (there, here):
                     differences[name] = f"{name} is not what it began with"
         for name in self._copied:
             differences.pop(name, None)

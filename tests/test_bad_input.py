@@ -28,6 +28,7 @@ from ddb_fast.data.store import ImageData, Split
 from ddb_fast.feasible import check_feasible, check_labels
 from ddb_fast.generator import build_unet, save_diffusion
 from ddb_fast.kernels import dispatch
+from ddb_fast.models.classifiers import build_classifier
 from ddb_fast.presets import PRESETS
 from ddb_fast.run_folder import lock_folder
 from ddb_fast.train import main
@@ -394,6 +395,16 @@ def test_weights_are_read_before_anything_is_trained(tmp_path):
         check_feasible(with_weights(path), num_classes=10, world=1)
 
 
+def test_a_head_of_other_classes_is_told_once(caplog, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(build_classifier("cnn", 7, image_size=16, width=24).state_dict(), path)
+    with caplog.at_level("INFO"):
+        check_feasible(with_weights(path), num_classes=10, world=1)
+        check_feasible(with_weights(path), num_classes=7, world=1)
+    told = "classifier.weights: without a head for these classes; a new one is trained"
+    assert caplog.messages == [told]
+
+
 def test_weights_of_finished_stages_are_not_asked_for(tmp_path):
     config = with_weights(tmp_path / "gone.safetensors")
     stages = {f"{method}/seed{seed}" for method in config.methods for seed in config.seeds}
@@ -435,9 +446,9 @@ class Halves(nn.Module):
 @pytest.mark.parametrize(
     ("size", "answer", "told"),
     [
-        (16, lambda x: x, "timm:halves does not take images of 16 pixels: .+"),
+        (16, lambda x: x, r"timm:halves does not take \d+ images of 16 pixels at a time: .+"),
         (32, lambda x: (x, x), r"timm:halves answers tuple, not \(images, classes\)"),
-        (32, lambda x: x[:, None], r"timm:halves answers \(2, 1, 10\), not \(images, classes\)"),
+        (32, lambda x: x[:, None], r"timm:halves answers \(\d+, 1, 10\), not \(images, classes\)"),
     ],
 )
 def test_a_network_of_timm_that_cannot_serve(timms, size, answer, told):
@@ -446,6 +457,37 @@ def test_a_network_of_timm_that_cannot_serve(timms, size, answer, told):
     part = replace(config.classifier, model="timm:halves", width=None, image_size=size)
     with pytest.raises(ValueError, match=f"^classifier: {told}$"):
         check_feasible(replace(config, classifier=part), num_classes=10, world=1)
+
+
+def test_batch_norm_of_one_pixel_a_device_is_refused_at_once():
+    """ResNet-18 has one pixel left of 32, and batch norm wants more than one value."""
+    config = PRESETS["digits"]()
+    fields = {"model": "resnet18", "width": None, "image_size": 32, "batch_size": 2}
+    part = replace(config.classifier, **fields)
+    check_feasible(replace(config, classifier=part), num_classes=10, world=1)
+    told = "classifier: resnet18 does not take 1 images of 32 pixels at a time: Expected more than"
+    with pytest.raises(ValueError, match=told):
+        check_feasible(replace(config, classifier=part), num_classes=10, world=2)
+
+
+@pytest.mark.parametrize("part", ["amplifier", "classifier"])
+def test_a_network_whose_features_are_wanted_needs_one_linear_head(timms, part):
+    class TwoHeads(Halves):
+        def __init__(self):
+            super().__init__(lambda x: x)
+            self.pretrained_cfg = {"classifier": ("fc", "other")}
+            self.other = nn.Linear(4, 10)
+
+    timms.network = TwoHeads
+    config = replace(PRESETS["digits"](), methods=("erm", "dfr", "ddb-ii"))
+    own = replace(getattr(config, part), model="timm:two", width=None, image_size=32)
+    config = replace(config, **{part: own})
+    user = {"amplifier": "the audit", "classifier": "method dfr"}[part]
+    with pytest.raises(ValueError, match=f"^{part}.model timm:two does not serve {user}"):
+        check_feasible(config, num_classes=10, world=1)
+    check_feasible(replace(config, methods=("erm", "ddb-ii"), audit=False), num_classes=10, world=1)
+    if part == "amplifier":
+        check_feasible(config, num_classes=10, world=1, done=lambda stage: True)
 
 
 @pytest.mark.parametrize("mean", [None, (0.5, 0.5, 0.5), (0.485, 0.456, 0.406)])

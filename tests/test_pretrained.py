@@ -665,6 +665,17 @@ def test_names_without_tables_are_escaped_too(folders, tmp_path):
             ["ddb-fast", "run", "ddb", "--diffusion.lr", "3e-4", "--classifier.model=resnet50"],
             "ddb-fast run ddb --diffusion.lr 3e-4 --classifier.model=resnet50",
         ),
+        (
+            [
+                "ddb-fast",
+                "run",
+                "ddb",
+                "--amplifier.model",
+                "timm:test_vit.r160_in1k",
+            ],
+            "ddb-fast run ddb --amplifier.model timm:test_vit.r160_in1k",
+        ),
+        (["ddb-fast", "run", "timm:my/photos"], "ddb-fast run ..."),
         (["/home/me/my_script.py", "digits"], None),
         ([], None),
     ],

@@ -142,6 +142,43 @@ def test_a_run_is_bound_to_the_contents_of_what_was_given(tmp_path, name):
         open_folder(with_fields(config, {name: str(tmp_path / "typo")}))
 
 
+def test_a_run_is_bound_to_the_contents_of_pretrained_weights(tmp_path):
+    weights, elsewhere = tmp_path / "weights.safetensors", tmp_path / "moved.safetensors"
+    weights.write_bytes(b"first")
+    fields = {"out": str(tmp_path / "run"), "classifier.weights": str(weights)}
+    config = with_fields(PRESETS["digits"](), fields)
+    folder = open_folder(config)
+    folder.begin("erm/seed0")
+    folder.finish("erm/seed0", 1.0)
+    folder.close()
+    weights.rename(elsewhere)
+    for same in (config, with_fields(config, {"classifier.weights": str(elsewhere)})):
+        again = open_folder(same)
+        assert again.done("erm/seed0")
+        again.close()
+    weights.write_bytes(b"others")
+    for here, told in (
+        (str(weights), "not what it began with"),
+        ("imagenet", r"\w+ there, imagenet here"),
+        ("none", r"\w+ there, None here"),
+    ):
+        with pytest.raises(ValueError, match=rf"classifier\.weights is {told}"):
+            open_folder(with_fields(config, {"classifier.weights": here}))
+
+
+@pytest.mark.parametrize("before", ["none", "imagenet"])
+def test_a_weights_file_that_is_not_there_stands_for_no_other_start(tmp_path, before):
+    config = with_fields(
+        PRESETS["digits"](), {"out": str(tmp_path / "run"), "classifier.weights": before}
+    )
+    folder = open_folder(config)
+    folder.begin("erm/seed0")
+    folder.finish("erm/seed0", 1.0)
+    folder.close()
+    with pytest.raises(ValueError, match=r"classifier\.weights is"):
+        open_folder(with_fields(config, {"classifier.weights": str(tmp_path / "gone")}))
+
+
 def test_a_run_from_before_the_contents_counted_is_bound_to_the_place(tmp_path):
     given = tmp_path / "given"
     (given / "0").mkdir(parents=True)

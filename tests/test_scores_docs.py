@@ -36,7 +36,7 @@ def foreign(block):
     return found - OURS
 
 
-PYTHON = [block for block in BLOCKS if block.language == "python"]
+PYTHON = [block for block in BLOCKS if block.language == "python" and not block.tag]
 OWN = [block for block in PYTHON if not foreign(block)]
 OTHERS = [block for block in PYTHON if foreign(block)]
 

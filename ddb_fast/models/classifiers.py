@@ -4,11 +4,14 @@ The names of the parameters are timm's, so a `model.safetensors` of timm's Hub r
 saved from timm, loads without timm.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -60,7 +63,7 @@ def build_classifier(
     if num_classes < 1:
         raise ValueError(f"num_classes must be >= 1, got {num_classes}")
     if width is not None and name not in ("cnn", "mlp"):
-        raise ValueError(f"width {width} given to {name}; only cnn and mlp have one")
+        raise ValueError(f"width {width} given to {name}; only cnn and mlp have one: take none")
     if width is not None and width < 1:
         raise ValueError(f"width must be >= 1, got {width}")
     if name.startswith(TIMM):
@@ -77,13 +80,24 @@ def build_classifier(
     return NETWORKS[name](**arguments)
 
 
+def channels_last(network: nn.Module) -> nn.Module:
+    """Lay a network's weights channels_last, in place; those of 3-d convolutions cannot lie so."""
+    return network._apply(lambda t: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def load_pretrained(model: nn.Module, source: str, *, name: str, image_size: int) -> bool:
     """Load weights into `model`, in place; return whether its head was loaded too.
 
     source: path of a local safetensors file with the parameter names of the network `name`, which
     are timm's, or "imagenet" for the file of timm's Hub repository (resnet18, resnet50,
     densenet121) and for what timm itself fetches for timm:NAME, fitted to image_size pixels where
-    that network's input is fixed. A head for another number of classes is left as it was.
+    that network's input is fixed. A head for another number of classes, or that the file lacks, is
+    left as it was.
     OSError when the file or the Hub cannot be read; ValueError for a file that is not safetensors
     or does not fit (nothing is loaded then), and for "imagenet" where no such weights exist.
     """
@@ -95,18 +109,19 @@ def load_pretrained(model: nn.Module, source: str, *, name: str, image_size: int
             tensors = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    own = model.state_dict()
-    head = {key for key in own.keys() & tensors.keys() if key.startswith(_head_prefixes(model))}
+    own, prefixes = model.state_dict(), _head_prefixes(model)
+    head = [key for key in own if key.startswith(prefixes)]
+    theirs = [key for key in head if key in tensors]
     other_classes = any(
         own[key].shape != tensors[key].shape and own[key].shape[1:] == tensors[key].shape[1:]
-        for key in head
+        for key in theirs
     )
-    if other_classes:
-        tensors |= {key: own[key] for key in head}
-        logger.info("%s: head for another number of classes left out", path)
+    headless = bool(head) and not any(key.startswith(prefixes) for key in tensors)
+    if other_classes or headless:
+        tensors |= {key: own[key] for key in (head if headless else theirs)}
     _require_fit(own, tensors, path=path)
     model.load_state_dict(tensors)
-    return not other_classes
+    return not (other_classes or headless)
 
 
 def _timm_network(name: str, *, image_size: int, **arguments: Any) -> nn.Module:
@@ -126,17 +141,19 @@ def _timm_network(name: str, *, image_size: int, **arguments: Any) -> nn.Module:
         if pretrained is not None and pretrained.fixed_input_size:
             arguments["img_size"] = image_size
         return timm.create_model(timm_name, in_chans=3, **arguments)
-    except RuntimeError as error:  # of a tag that is none, or without weights where they are wanted
-        raise ValueError(f"{name}: timm {timm.__version__}: {error}") from error
+    # A tag that is none, no weights where they are wanted, a size that patches do not divide.
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: timm {timm.__version__}: {first_line(error)}") from error
 
 
 def _timm_weights(name: str, *, image_size: int) -> dict[str, Tensor]:
     try:
-        return _timm_network(name, image_size=image_size, pretrained=True).state_dict()
+        with _quiet_hub():
+            return _timm_network(name, image_size=image_size, pretrained=True).state_dict()
     except OSError as error:
         raise OSError(
-            f"timm cannot fetch the weights of {name} ({error}); fetch them where the Hub is "
-            "reachable and give the path of a safetensors file with timm's names instead"
+            f"timm cannot fetch the weights of {name} ({error}); where the Hub is reachable, save "
+            f"the network at {image_size} pixels as safetensors, and give that file's path instead"
         ) from error
 
 
@@ -150,12 +167,25 @@ def _download(name: str) -> Path:
 
     repository = HUB_REPOSITORIES[name]
     try:
-        return Path(hf_hub_download(repository, "model.safetensors"))
+        with _quiet_hub():
+            return Path(hf_hub_download(repository, "model.safetensors"))
     except OSError as error:
         raise OSError(
             f"cannot download model.safetensors of {repository} from the Hugging Face Hub "
             f"({error}); fetch it where the Hub is reachable and give its path instead"
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without a line for each of its retries: the last error is told, and says the same."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
 
 
 def _head_prefixes(model: nn.Module) -> tuple[str, ...]:

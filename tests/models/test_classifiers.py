@@ -1,6 +1,5 @@
 """Building by name, sizes, training and inference of every classifier, pretrained weights."""
 
-import logging
 import sys
 import types
 
@@ -12,7 +11,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ddb_fast.models.classifiers import build_classifier, linear_head, load_pretrained
+from ddb_fast.models.classifiers import (
+    build_classifier,
+    channels_last,
+    linear_head,
+    load_pretrained,
+)
 
 LARGE = ("resnet18", "resnet50", "densenet121")
 ALL = (*LARGE, "cnn", "mlp")
@@ -170,10 +174,11 @@ def test_timm_gets_an_image_size_only_where_it_is_fixed(stand_in, fixed):
         network("timm:other")
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError, ValueError, TypeError])
 @pytest.mark.parametrize("tag", [True, False])
-def test_timm_without_the_tag_or_the_weights(stand_in, tag):
+def test_timm_without_the_tag_the_weights_or_the_size(stand_in, tag, kind):
     def refuse(*arguments, **named):
-        raise RuntimeError("no such thing")
+        raise kind("no such thing")
 
     setattr(stand_in, "get_pretrained_cfg" if tag else "create_model", refuse)
     with pytest.raises(ValueError, match=r"timm:known\.tag: timm 0: no such thing"):
@@ -200,13 +205,11 @@ def test_weights_round_trip(name, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "head"), [("resnet18", "fc"), ("densenet121", "classifier")])
-def test_head_of_other_classes_keeps_its_initialisation(name, head, tmp_path, caplog):
+def test_head_of_other_classes_keeps_its_initialisation(name, head, tmp_path):
     path, source = weights_file(tmp_path / "weights.safetensors", name, 9)
     model = network(name)
     own = {key: value.clone() for key, value in model.state_dict().items()}
-    with caplog.at_level(logging.INFO):
-        assert load_pretrained(model, path, name=name, image_size=32) is False
-    assert "head for another number of classes" in caplog.text
+    assert load_pretrained(model, path, name=name, image_size=32) is False
     loaded, theirs = model.state_dict(), source.state_dict()
     for key, value in loaded.items():
         assert torch.equal(value, (own if key.startswith(f"{head}.") else theirs)[key]), key
@@ -248,6 +251,24 @@ def test_a_file_that_does_not_fit_is_refused_whole(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_pretrained(model, path, name="cnn", image_size=32)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_file_without_a_head_leaves_the_networks_own(tmp_path):
+    """As timm's weights of encoders are."""
+    path, source = weights_file(tmp_path / "weights.safetensors", "cnn", 5)
+    save_file({k: v for k, v in load_file(path).items() if not k.startswith("fc.")}, path)
+    model = network("cnn")
+    head = model.fc.weight.clone()
+    assert load_pretrained(model, path, name="cnn", image_size=32) is False
+    assert torch.equal(model.fc.weight, head)
+    assert torch.equal(model.features[0].weight, source.features[0].weight)
+
+
+def test_weights_of_three_dimensions_stay_as_they_lie():
+    """Channels_last is a way for four-dimensional ones: timm's lambda networks have others."""
+    model = channels_last(nn.Sequential(nn.Conv3d(2, 3, 2), nn.Conv2d(2, 3, 2)))
+    assert model[0].weight.is_contiguous()
+    assert model[1].weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
@@ -311,7 +332,8 @@ def test_timms_weights_out_of_reach(stand_in):
         raise LocalEntryNotFoundError("check your connection")
 
     stand_in.create_model = refuse
-    with pytest.raises(OSError, match=r"timm:known\.tag .*check your connection.*safetensors file"):
+    told = r"timm:known\.tag .*check your connection.*at 32 pixels as safetensors"
+    with pytest.raises(OSError, match=told):
         load_pretrained(network("cnn"), "imagenet", name="timm:known.tag", image_size=32)
 
 
