@@ -15,7 +15,7 @@ from ddb_fast.data.store import ImageData
 from ddb_fast.diffusion.samplers import timesteps
 from ddb_fast.generator import build_unet
 from ddb_fast.kernels import use_backend
-from ddb_fast.models.classifiers import first_line, linear_head, load_pretrained
+from ddb_fast.models.classifiers import TIMM, first_line, linear_head, load_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -90,18 +90,26 @@ def _trained(config: RunConfig, name: str) -> list[str]:
 def _check_classifier(
     part: ClassifierConfig, name: str, num_classes: int, *, world: int
 ) -> nn.Module:
-    """The network on torch's meta device, after one pass of as many images as a step has."""
+    """The network of a part; it has been shown images where these may be too small or too few.
+
+    Too small for one of timm's, whose limits nobody has written down; too few for batch norm.
+    """
     size, count = part.image_size, part.batch_size // (world * part.accumulate)
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
+        network = build_network(replace(part, weights=None), num_classes)
+    if count > 1 and not part.model.startswith(TIMM):
+        return network
+    shown = min(count, 2)
+    with torch.no_grad(), torch.random.fork_rng([]):
         network = build_network(replace(part, weights=None), num_classes)
         try:
-            logits = network(torch.empty(count, 3, size, size))
+            logits = network(torch.zeros(shown, 3, size, size))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise ValueError(
-                f"{name}: {part.model} does not take {count} images of {size} pixels at a time: "
+                f"{name}: {part.model} does not take images of {size} pixels, {shown} at a time: "
                 f"{first_line(error)}"
             ) from error
-    if not isinstance(logits, Tensor) or logits.shape != (count, num_classes):
+    if not isinstance(logits, Tensor) or logits.shape != (shown, num_classes):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"{name}: {part.model} answers {found}, not (images, classes)")
     return network

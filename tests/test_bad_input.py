@@ -446,7 +446,7 @@ class Halves(nn.Module):
 @pytest.mark.parametrize(
     ("size", "answer", "told"),
     [
-        (16, lambda x: x, r"timm:halves does not take \d+ images of 16 pixels at a time: .+"),
+        (16, lambda x: x, r"timm:halves does not take images of 16 pixels, 2 at a time: .+"),
         (32, lambda x: (x, x), r"timm:halves answers tuple, not \(images, classes\)"),
         (32, lambda x: x[:, None], r"timm:halves answers \(\d+, 1, 10\), not \(images, classes\)"),
     ],
@@ -465,7 +465,7 @@ def test_batch_norm_of_one_pixel_a_device_is_refused_at_once():
     fields = {"model": "resnet18", "width": None, "image_size": 32, "batch_size": 2}
     part = replace(config.classifier, **fields)
     check_feasible(replace(config, classifier=part), num_classes=10, world=1)
-    told = "classifier: resnet18 does not take 1 images of 32 pixels at a time: Expected more than"
+    told = "classifier: resnet18 does not take images of 32 pixels, 1 at a time: Expected"
     with pytest.raises(ValueError, match=told):
         check_feasible(replace(config, classifier=part), num_classes=10, world=2)
 
