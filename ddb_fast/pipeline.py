@@ -44,7 +44,7 @@ from ddb_fast.memorisation import memorisation
 from ddb_fast.methods import identify_errors, retrain_last_layer, train_method
 from ddb_fast.opinions import gather_opinions
 from ddb_fast.results import collect_results, table
-from ddb_fast.run_folder import GIVEN, RunFolder, is_copied
+from ddb_fast.run_folder import GIVEN, PRETRAINED, RunFolder, is_copied
 from ddb_fast.scoring import Scores, read_scores
 from ddb_fast.trackers import RunLog
 
@@ -233,7 +233,12 @@ def _run_stages(
 
 def _init_tracker(config: RunConfig, accelerator: Accelerator) -> None:
     plain = (bool, int, float, str)  # what every tracker takes
-    fields = {k: v if isinstance(v, plain) else str(v) for k, v in flatten(config).items()}
+    places = {"out", "data.path", *GIVEN, *PRETRAINED}  # nobody's business
+    fields = {
+        name: value if isinstance(value, plain) else str(value)
+        for name, value in flatten(config).items()
+        if name not in places
+    }
     try:
         accelerator.init_trackers("ddb_fast", config=fields)
     except Exception as error:  # whatever a tracker raises: not logged in, no network

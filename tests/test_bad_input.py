@@ -514,8 +514,10 @@ def test_the_look_at_a_generator_passes_no_backend_over(monkeypatch):
     assert logged == []
 
 
-def test_a_tracker_that_does_not_start(monkeypatch, capsys, tmp_path):
-    """Its own words are told, not those of ending what never began; the folder stays of use."""
+def test_a_tracker_says_why_it_does_not_start_and_gets_no_places(monkeypatch, capsys, tmp_path):
+    """Its own words, not those of ending what never began; the folder stays of use."""
+
+    key, sent = None, {}
 
     class Wandb(GeneralTracker):
         name, requires_logging_directory, main_process_only = "wandb", False, True
@@ -526,18 +528,30 @@ def test_a_tracker_that_does_not_start(monkeypatch, capsys, tmp_path):
         tracker = None
 
         def start(self):
-            raise RuntimeError("No API key configured.\nUse wandb login.")
+            if key is None:
+                raise RuntimeError("No API key configured.\nUse wandb login.")
+
+        def store_init_configuration(self, values):
+            sent.update(values)
+
+        def log(self, values, step=None, **_):
+            pass
 
         def finish(self):
-            raise AttributeError("no attribute 'run'")
+            if key is None:
+                raise AttributeError("no attribute 'run'")
 
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.WANDB])
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Wandb)
-    words = small.arguments(tmp_path / "out")
+    words = small.arguments(tmp_path / "out", methods="erm", seeds="0")
     line = refused(capsys, *words, "--tracker", "wandb")
     assert line.endswith("tracker wandb: No API key configured. Use wandb login.")
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert main(words, prog="ddb-fast run") == 0
+    key = "a key"
+    assert main([*words, "--tracker", "wandb"], prog="ddb-fast run") == 0
+    assert sent["classifier.images"] == 1920
+    assert all(isinstance(value, bool | int | float | str) for value in sent.values())
+    assert not any(str(tmp_path) in str(value) for value in sent.values())
 
 
 def test_synthetic_images_of_other_classes(capsys, tmp_path):
