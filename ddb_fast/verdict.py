@@ -255,9 +255,9 @@ def sentences(verdict: Verdict, count: int) -> list[str]:
         return [
             "Nothing can be said about a bias: the generator is too poor.",
             "Networks that learnt from its images err on real ones "
-            f"{100 * generator.value:.0f} points more often than one trained on real images: for want "
-            "of training, or for a shortcut.",
-            "Look at the pictures, and train it longer (--diffusion.images) or give it more images.",
+            f"{100 * generator.value:.0f} points more often than one trained on real images: for "
+            "want of training, or for a shortcut.",
+            "Look at the pictures; train it longer (--diffusion.images), or give it more images.",
         ]
     return [
         f"No bias was found among {count} training images.",
