@@ -38,14 +38,20 @@ from ddb_fast.scoring import (
 )
 
 
-def build_network(config: ClassifierConfig, num_classes: int) -> nn.Module:
-    """The network of a classifier's configuration, channels_last, weights as configured."""
+def bare_network(config: ClassifierConfig, num_classes: int) -> nn.Module:
+    """The network of a classifier's configuration, channels_last, with random weights."""
     network = build_classifier(
         config.model, num_classes, image_size=config.image_size, width=config.width
     )
+    return channels_last(network)
+
+
+def build_network(config: ClassifierConfig, num_classes: int) -> nn.Module:
+    """The same with the weights that are configured."""
+    network = bare_network(config, num_classes)
     if config.weights is not None:
         load_pretrained(network, config.weights, name=config.model, image_size=config.image_size)
-    return channels_last(network)
+    return network
 
 
 def first_network(config: ClassifierConfig, num_classes: int, *, seed: int) -> nn.Module:
@@ -130,11 +136,9 @@ def load_classifier(path: Path) -> tuple[nn.Module, ClassifierConfig, tuple[str,
     if not {"classifier", "classes"} <= set(metadata):
         raise ValueError(f"{path}: not a classifier written by ddb_fast")
     config = from_dict(ClassifierConfig, metadata["classifier"], prefix="classifier.")
-    network = build_classifier(
-        config.model, len(metadata["classes"]), image_size=config.image_size, width=config.width
-    )
+    network = bare_network(config, len(metadata["classes"]))
     checkpoint.load_into(network, tensors, source=str(path))
-    return channels_last(network).eval(), config, tuple(metadata["classes"])
+    return network.eval(), config, tuple(metadata["classes"])
 
 
 def features_of(

@@ -2,13 +2,12 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ddb_fast.classification import build_network
+from ddb_fast.classification import bare_network
 from ddb_fast.config import CONTROLS, ClassifierConfig, RunConfig
 from ddb_fast.data.pixels import normalise
 from ddb_fast.data.store import ImageData
@@ -95,13 +94,12 @@ def _check_classifier(
     Too small for one of timm's, whose limits nobody has written down; too few for batch norm.
     """
     size, count = part.image_size, part.batch_size // (world * part.accumulate)
-    with torch.device("meta"):
-        network = build_network(replace(part, weights=None), num_classes)
     if count > 1 and not part.model.startswith(TIMM):
-        return network
+        with torch.device("meta"):
+            return bare_network(part, num_classes)
     shown = min(count, 2)
     with torch.no_grad(), torch.random.fork_rng([]):
-        network = build_network(replace(part, weights=None), num_classes)
+        network = bare_network(part, num_classes)
         try:
             logits = network(torch.zeros(shown, 3, size, size))
         except (RuntimeError, ValueError, AssertionError) as error:
@@ -116,7 +114,7 @@ def _check_classifier(
 
 
 def _check_weights(part: ClassifierConfig, name: str, num_classes: int) -> None:
-    network = build_network(replace(part, weights=None), num_classes)
+    network = bare_network(part, num_classes)
     if not load_pretrained(network, part.weights, name=part.model, image_size=part.image_size):
         logger.info("%s.weights: without a head for these classes; a new one is trained", name)
     expected = getattr(network, "pretrained_cfg", {}).get("mean")  # timm's

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddb_fast import checkpoint
-from ddb_fast.classification import load_classifier, save_classifier
+from ddb_fast.classification import bare_network, load_classifier, save_classifier
 from ddb_fast.config import ClassifierConfig, DiffusionConfig, SamplingConfig
 from ddb_fast.data.augment import amplifier_view, centre
 from ddb_fast.data.listing import read_image
@@ -29,7 +29,6 @@ from ddb_fast.diffusion.generate import generate_within_memory, sampling_options
 from ddb_fast.fields import from_dict
 from ddb_fast.generator import build_unet, load_diffusion, save_diffusion
 from ddb_fast.model_card import card
-from ddb_fast.models.classifiers import build_classifier, channels_last
 from ddb_fast.provenance import FinishedRun, facts, read_json
 
 FORMAT = 1
@@ -168,11 +167,7 @@ class _OfImages:
         self.classes = tuple(classes)
         self.config = config = from_dict(ClassifierConfig, network, prefix="network.")
         self.files = from_dict(Files, images, prefix="images.")
-        self.network = channels_last(
-            build_classifier(
-                config.model, len(classes), image_size=config.image_size, width=config.width
-            )
-        )
+        self.network = bare_network(config, len(classes))
 
     @classmethod
     def _taken(

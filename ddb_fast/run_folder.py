@@ -132,21 +132,21 @@ class RunFolder:
         self._config, self._writes = config, writes
         # Contents, not places: of the data, and of what was given.
         self._contents = {"data.fingerprint": fingerprint}
-        self._places = {name: flatten(config)[name] for name in GIVEN}
-        given = [name for name, place in self._places.items() if place is not None]
-        self._gone = []
-        for name in PRETRAINED:
-            place = flatten(config)[name]
-            if place not in (None, "imagenet"):
-                self._places[name] = place
-                if Path(place).is_file():
-                    self._contents[name] = _digest(name, Path(place))
-                else:
-                    self._gone.append(name)
-        self._copied = [name for name in given if is_copied(config, name)]
-        for name in given:
-            if name not in self._copied:
-                self._contents[name] = _digest(name, Path(self._places[name]))
+        fields = flatten(config)
+        self._places = {
+            name: fields[name]
+            for name in (*GIVEN, *PRETRAINED)
+            if fields[name] not in (None, "imagenet")
+        }
+        self._copied = [name for name in GIVEN if name in self._places and is_copied(config, name)]
+        self._gone = [
+            name
+            for name in PRETRAINED
+            if name in self._places and not Path(self._places[name]).is_file()
+        ]
+        for name, place in self._places.items():
+            if name not in (*self._copied, *self._gone):
+                self._contents[name] = _digest(name, Path(place))
         self._lock: IO[str] | None = None
         self._manifest_path = self.path / "manifest.json"
         self._stages: dict[str, dict[str, Any]] = {}
