@@ -38,11 +38,6 @@ _NORMS = (
     *({"split": 0, "num_warps": w, "stages": s} for w in (4, 8, 16) for s in (1, 3)),
     *({"split": 1, "num_warps": w, "unroll": u} for w in (4, 8) for u in (1, 2)),
     *({"registers": elements} for elements in (8192, 16384)),
-    *(
-        {"once": ahead // tile, "tile": tile, "num_warps": w}
-        for w, tile in ((4, 4096), (4, 8192), (8, 16384))
-        for ahead in (2**16, 2**17)
-    ),
 )
 # What a tile holds is no matter of speed.
 _TILES = tuple({"num_warps": w} for w in (2, 4, 8))

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from tune import forget, trying
+from tune import forget
 
 from ddb_fast.kernels import tuned
 from ddb_fast.kernels.launch import Launch, recording
@@ -105,7 +105,7 @@ def recorded() -> list[Variant]:
     """Every different variant of the shipped kernels, with the calls that lead to it."""
     found: dict[tuple, Variant] = {}
     # Those for every architecture first: they stand for the same ones of a single architecture.
-    for one in (*_group_norms(), *_once(), *_attentions(), *_tuned()):
+    for one in (*_group_norms(), *_attentions(), *_tuned()):
         known = found.setdefault(one.key, one)
         if known is not one and one.labels[0] not in known.labels:
             known.labels.append(one.labels[0])
@@ -153,21 +153,6 @@ def _group_norms() -> Iterator[Variant]:
         label = f"group_norm {dtype} {layout} {options} {shape}"
         for launch in _group_norm(shape, DTYPES[dtype], layout, shapes.OPTIONS[options]):
             yield variant(launch, label, functools.partial(_wide_image, shape))
-
-
-def _once() -> Iterator[Variant]:
-    """What reads large images once and is launched only where a table says so, on any of them."""
-    cases = (
-        ("bf16", _ODD[0], "nhwc", "silu"),
-        ("bf16", _BRANCHES[0], "nhwc", "silu+pre_bias+dropout"),
-        ("bf16", _LARGE["bf16"][0], "nchw", "residual+return_sum"),
-        ("fp32", _ODD[0], "nhwc", "silu"),
-    )
-    for dtype, shape, layout, options in cases:
-        label = f"group_norm once {dtype} {layout} {options} {shape}"
-        with trying({"once": 8}, "group_norm"):
-            forward, *_ = _group_norm(shape, DTYPES[dtype], layout, shapes.OPTIONS[options])
-        yield variant(forward, label, functools.partial(_wide_image, shape))
 
 
 def _wide_image(shape: shapes.GroupNorm, x: Tensor) -> bool:

@@ -11,8 +11,7 @@ from . import triton_group_norm_backward as backward_kernels
 from . import triton_group_norm_forward as forward_kernels
 from .fused_group_norm import Fused, Gradients, group_norm_with, register
 from .launch import launch, power_of_two
-from .triton_group_norm_once import forward_once
-from .triton_group_norm_plan import Plan, plan
+from .triton_group_norm_plan import plan
 
 # One program combines all channels of a group, in the split regime.
 MAX_GROUP = 8192
@@ -37,21 +36,6 @@ def _constants(x: Tensor, num_groups: int) -> tuple[dict[str, int], dict[str, An
     arguments = {"c_units": c // vec_c, "hw_units": hw // vec_p}
     constants = {"VEC_C": vec_c, "VEC_P": vec_p, "CG": c // num_groups}
     return arguments, constants
-
-
-def _in_turn(x: Tensor, cut: Plan) -> tuple[tuple[int], dict[str, Tensor | int], dict[str, int]]:
-    """(grid, arguments, constants) of the kernel whose programs wait for earlier ones."""
-    n, tasks = x.shape[0], cut.slabs * cut.splits
-    block_g = power_of_two(cut.slab_groups)
-    # The sums of a slab's tiles in one go, as far as they fit: others wait for what they give.
-    block_s = min(power_of_two(cut.splits), max(1, cut.num_warps * 512 // block_g))
-    arguments = {
-        "p_partial": x.new_empty((n, tasks, 2, block_g), dtype=torch.float32),
-        "p_arrived": x.new_zeros((n, cut.slabs), dtype=torch.int32),
-        "samples": n, "slabs": cut.slabs, "splits": cut.splits, "lag": cut.lag,
-    }  # fmt: skip
-    constants = {"SLAB_GROUPS": cut.slab_groups, "BLOCK_G": block_g, "BLOCK_S": block_s}
-    return (2 * (n + cut.lag) * tasks,), arguments, constants
 
 
 def _row(x: Tensor | None) -> int:
@@ -97,17 +81,6 @@ def forward(
     rows = {**pre_row, "scale_row": _row(scale), "shift_row": _row(shift)}
     slabs, groups = {"slabs": cut.slabs}, {"num_groups": num_groups}
     dropout = {"threshold": threshold, "keep_scale": keep_scale}
-    if cut.lag:
-        grid, turns, blocks = _in_turn(x, cut)
-        launch(
-            forward_once,
-            grid,
-            {**inputs, **affine, "p_seed": seed, **outputs, **turns, **rows, **sizes, **groups,
-             "eps": eps, **dropout},
-            {**shared, **tile, **blocks, "SILU": silu},
-            num_warps=cut.num_warps,
-        )  # fmt: skip
-        return y, total, mean, rstd
     if not cut.splits:
         launch(
             forward_kernels.forward_fused,

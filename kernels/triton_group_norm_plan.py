@@ -24,8 +24,7 @@ class Plan:
     """How one tensor is cut up; `splits` 0 is the fused regime.
 
     unroll: tiles whose loads are on their way together. stages: how many of these a loop fetches
-    ahead into shared memory, 1 for none. lag: how many samples the sums are ahead of what needs
-    them where one kernel does both, 0 in the other regimes.
+    ahead into shared memory, 1 for none.
     """
 
     slab_groups: int
@@ -39,7 +38,6 @@ class Plan:
     unroll: int
     stages: int
     channels_last: bool
-    lag: int = 0
 
 
 def plan(x: Tensor, num_groups: int, *, backward: bool, dropout: bool) -> Plan:
@@ -74,12 +72,6 @@ def _plan(
     # Dropout draws for whole blocks of eight channels.
     multiple = 8 if dropout else math.gcd(c, 16 // size)
     narrowest = 8 if channels_last or dropout else 4
-    if "once" in asked and not backward:
-        cut = _once_plan(
-            n, c, hw, size, num_groups, channels_last, multiple, narrowest, device, asked
-        )
-        if cut is not None:
-            return cut
 
     def width(bytes_wide: int) -> int:
         """Groups of the narrowest slab that may be so narrow."""
@@ -156,54 +148,4 @@ def _split_plan(
     splits = -(-hw // chunk)
     return Plan(
         0, slabs, splits, chunk, False, block_p, block_c, warps, unroll, stages, channels_last
-    )
-
-
-def _once_plan(
-    n: int,
-    c: int,
-    hw: int,
-    size: int,
-    num_groups: int,
-    channels_last: bool,
-    multiple: int,
-    narrowest: int,
-    device: torch.device,
-    asked: Mapping[str, int],
-) -> Plan | None:
-    """A program has one tile of a slab of whole groups; None where that is not possible.
-
-    asked["once"]: how many programs of a multiprocessor the sums are ahead.
-    """
-    group, warps = c // num_groups, asked.get("num_warps", 4)
-    elements = asked.get("tile", 8192)
-    widest = 512 // size if channels_last else 1
-
-    def blocks(slab_groups: int) -> tuple[int, int]:
-        """(channels of a block, of all blocks)."""
-        block_c = max(narrowest, power_of_two(slab_groups * group))
-        return block_c, -(-num_groups // slab_groups) * block_c
-
-    fitting = [
-        count
-        for count in range(1, num_groups + 1)
-        if (count * group % multiple == 0 or count == num_groups) and count * group <= MAX_SLAB
-    ]
-    if not fitting:
-        return None
-    narrow = [count for count in fitting if count * group <= widest] or fitting[:1]
-    # The fewest masked channels, then the widest rows.
-    slab_groups = min(narrow, key=lambda count: (blocks(count)[1], -count))
-    block_c, _ = blocks(slab_groups)
-    block_p = min(elements // block_c, power_of_two(hw))
-    slabs, splits = -(-num_groups // slab_groups), -(-hw // max(1, block_p))
-    if splits < 2 or block_p < 2:
-        return None
-    ahead = asked["once"] * multiprocessors(device)
-    # Behind all samples there is nothing to be ahead of.
-    lag = min(-(-ahead // (2 * slabs * splits)), n)
-    if 2 * (n + lag) * slabs * splits >= 2**31:
-        return None
-    return Plan(
-        slab_groups, slabs, splits, block_p, True, block_p, block_c, warps, 1, 1, channels_last, lag
     )

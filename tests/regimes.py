@@ -26,12 +26,7 @@ def split(cut, hw):
     )
 
 
-def once(cut, hw):
-    """Tiles of four pixels; a sample is normalised after the sums of the next one."""
-    return dataclasses.replace(cut, splits=-(-hw // 4), chunk=4, block_p=4, lag=1)
-
-
-@pytest.fixture(params=("one_tile", "fused_loop", "split", "once"))
+@pytest.fixture(params=("one_tile", "fused_loop", "split"))
 def regime(request, monkeypatch):
     """Force a regime on every call."""
     from ddb_fast.kernels import triton_group_norm as module
@@ -46,20 +41,10 @@ def regime(request, monkeypatch):
             return cut
         if request.param == "fused_loop":
             return fused_loop(cut, hw)
-        if request.param == "once":
-            return cut if options["backward"] else once(cut, hw)
         blocks = dataclasses.replace(cut, slab_groups=0, slabs=-(-c // 8), block_c=8)
         return split(blocks, hw)
 
     monkeypatch.setattr(module, "plan", plan)
-    turns = module._in_turn
-
-    def in_turn(x, cut):
-        grid, arguments, constants = turns(x, cut)
-        # The sums of two tiles at a time.
-        return grid, arguments, {**constants, "BLOCK_S": 2}
-
-    monkeypatch.setattr(module, "_in_turn", in_turn)
     return request.param
 
 

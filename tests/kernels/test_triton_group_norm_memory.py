@@ -1,15 +1,13 @@
-"""Memory and Triton's group norm: what its programs read and write, and in which order."""
-
-import dataclasses
+"""Memory and Triton's group norm: what its programs read and write."""
 
 import pytest
 import torch
 
-from ddb_fast.kernels import group_norm, triton_backend
 from ddb_fast.kernels import launch as launching
+from ddb_fast.kernels import triton_backend
 from ddb_fast.kernels import triton_group_norm as module
-from memory import fenced, ordered, poisoned
-from regimes import SHAPE, layouts, once, operands, run
+from memory import apart, fenced, poisoned
+from regimes import SHAPE, layouts, operands, run
 
 if module_reasons := triton_backend.why_not("group_norm"):
     pytest.skip("; ".join(module_reasons), allow_module_level=True)
@@ -52,10 +50,7 @@ def test_a_program_writes_its_own_channels_only(regime, layout, monkeypatch):
     x = torch.randn(1, 35, 3, 3).contiguous(memory_format=layout)
 
     def first(kernel, grid, arguments, constants, **options):
-        # Of what reads once, up to the program that adds up the first slab's sums.
-        once = kernel.__name__ == "forward_once"
-        programs = (arguments["splits"] - 1) * arguments["slabs"] + 1 if once else 1
-        launching.launch(kernel, (programs, *grid[1:]), arguments, constants, **options)
+        launching.launch(kernel, (1, *grid[1:]), arguments, constants, **options)
 
     monkeypatch.setattr(module, "launch", first)
     with poisoned():
@@ -64,8 +59,7 @@ def test_a_program_writes_its_own_channels_only(regime, layout, monkeypatch):
         zero = torch.zeros(1, 5)
         needs = (False,) * 5
         ds = module.backward(x, None, x, *absent, zero, zero + 1, 5, True, 0.0, needs).ds
-    # It normalises nothing yet; how it does so is what the others do.
-    for written in (ds,) if regime == "once" else (y, total, ds):
+    for written in (y, total, ds):
         assert written[:, channels:].isnan().all() and not written[:, :1].isnan().all()
     for written in (mean, rstd):
         assert written[:, groups:].isnan().all() and written[:, :groups].isfinite().all()
@@ -73,29 +67,8 @@ def test_a_program_writes_its_own_channels_only(regime, layout, monkeypatch):
 
 @layouts
 def test_no_program_touches_what_another_writes(regime, layout, monkeypatch):
-    """But behind a counter, where one waits for others."""
     launched = []
-    monkeypatch.setattr(module, "launch", ordered(launched))
+    monkeypatch.setattr(module, "launch", apart(launched))
     # Slabs of two groups, 18 of 32 columns, and of one; or of eight channels.
     run(operands(2, 27, 3, 2, layout), 3, "triton")
     assert len(launched) >= 2, "a forward and a backward"
-
-
-@pytest.mark.parametrize("lag", (1, 2, 5))
-def test_a_sample_waits_for_as_many_others_as_the_plan_says(lag, monkeypatch):
-    """Before it is normalised, and for nothing where there are no more."""
-    x, usual = torch.randn(3, 8, 4, 2), module.plan
-
-    def plan(*arguments, **options):
-        return dataclasses.replace(once(usual(*arguments, **options), 8), lag=lag)
-
-    def sums_alone(kernel, grid, *rest, **options):
-        launching.launch(kernel, (grid[0] * lag // (3 + lag),), *rest, **options)
-
-    monkeypatch.setattr(module, "plan", plan)
-    expected = group_norm(x, 2, backend="reference")
-    torch.testing.assert_close(group_norm(x, 2, backend="triton"), expected)
-    monkeypatch.setattr(module, "launch", sums_alone)
-    with poisoned():
-        y, _, mean, _ = module.forward(x, *[None] * 7, 2, 1e-5, False, 0.0, False)
-    assert y.isnan().all() and mean[:lag].isfinite().all() and mean[lag:].isnan().all()
