@@ -217,11 +217,35 @@ def test_a_plan_covers_everything_once(
     slab = cut.slab_groups * group
     assert slab <= min(512, cut.block_c)
     assert cut.slabs * cut.slab_groups >= num_groups > (cut.slabs - 1) * cut.slab_groups
-    if cut.slabs > 1 and not (cut.one_tile and "registers" in asked):
+    if cut.slabs > 1 and (not cut.one_tile or cut.channels_last or dropout):
         vector = math.gcd(c, 16 // dtype.itemsize)
         assert slab % vector == 0, "slabs start on whole vectors"
         assert not dropout or slab % 8 == 0, "dropout draws for blocks of eight channels"
     assert not cut.one_tile or cut.block_p >= hw
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    (
+        # A group of 18 channels in a block of 32, of 16 pixels square: 8,192 elements.
+        ({}, (True, 1, 32, 8)),
+        # Four groups begin on a vector of eight channels, and their 72 are too many.
+        ({"dropout": True}, (False, 4, 128, 8)),
+        ({"layout": torch.channels_last}, (False, 4, 128, 8)),
+        ({"dtype": torch.float32}, (False, 2, 64, 8)),
+        ({"size": (32, 32)}, (False, 4, 128, 16)),
+    ),
+    ids=("nchw", "dropout", "channels_last", "fp32", "32 pixels"),
+)
+def test_a_group_of_a_small_image_stays_in_registers(options, expected):
+    """In NCHW and 16 bits, whatever number of channels it begins with."""
+    options = {
+        "dtype": torch.bfloat16, "layout": LAYOUTS[0], "size": (16, 16), "dropout": False, **options
+    }  # fmt: skip
+    x = torch.empty(64, 576, *options["size"], dtype=options["dtype"], device="meta")
+    x = x.contiguous(memory_format=options["layout"])
+    cut = module.plan(x, 32, backward=True, dropout=options["dropout"])
+    assert (cut.one_tile, cut.slab_groups, cut.block_c, cut.num_warps) == expected
 
 
 @layouts
