@@ -106,6 +106,9 @@ def _plan(
     slabs = -(-num_groups // slab_groups)
     target = 2 * multiprocessors(device)
     too_few = n * slabs < target and not one_tile
+    if too_few and asked.get("split") == 0:
+        # It was measured with more samples.
+        asked = {}
     too_large = channels_last and hw * slab * size > _IN_L2
     split = slab > MAX_SLAB or asked.get("split", too_few or too_large)
     if split and (hw > 1 or slab > MAX_SLAB):

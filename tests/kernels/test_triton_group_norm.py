@@ -248,6 +248,18 @@ def test_a_group_of_a_small_image_stays_in_registers(options, expected):
     assert (cut.one_tile, cut.slab_groups, cut.block_c, cut.num_warps) == expected
 
 
+def test_what_was_measured_with_many_samples_does_not_count_for_few():
+    """Two samples have 64 programs at most, a GPU room for more."""
+    few, many = (torch.empty(n, 384, 64, 64, dtype=torch.bfloat16, device="meta") for n in (2, 128))
+    plans = {}
+    for asked in ({}, {"split": 0, "num_warps": 8, "stages": 1}):
+        with tune.trying(asked, "group_norm"):
+            for x in (few, many):
+                plans[len(x), bool(asked)] = module.plan(x, 32, backward=False, dropout=False)
+    assert plans[2, True] == plans[2, False] and plans[2, True].splits > 1
+    assert plans[128, True] != plans[128, False] and plans[128, True].splits == 0
+
+
 @layouts
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_recording_launches_nothing(layout, dtype):
