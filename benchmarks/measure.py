@@ -1,13 +1,18 @@
 """Timing: medians of CUDA graph replays over rotated inputs, or of interleaved calls on a CPU."""
 
+import fcntl
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+from unittest import mock
 
 import torch
+from torch._inductor.runtime.benchmarking import benchmarker
 
 Call = Callable[[], object]
 
@@ -48,29 +53,60 @@ def rotation(device: torch.device, footprint: int) -> int:
     return max(1, min(wanted, 64, int(0.4 * free // max(1, footprint))))
 
 
-_untimed = False
+_turns: TextIO | None = None
+_nested = 0
 
 
 @contextmanager
-def untimed() -> Iterator[None]:
-    """Inside, what would be timed on a device is called once instead: compiled, not checked."""
-    global _untimed
-    _untimed = True
+def taking_turns(lock: Path) -> Iterator[None]:
+    """Inside, `alone` waits for every other process that takes turns by the same file.
+
+    What torch.compile times to choose by waits for its turn too.
+    """
+    global _turns
+    with lock.open("a") as file, mock.patch.object(benchmarker, "benchmark_gpu", _benchmark_gpu):
+        _turns = file
+        try:
+            yield
+        finally:
+            _turns = None
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """The device is this process's until what it was given here is done; may be nested."""
+    global _nested
+    if _turns is None:
+        yield
+        return
+    if not _nested:
+        fcntl.flock(_turns, fcntl.LOCK_EX)
+    _nested += 1
     try:
         yield
     finally:
-        _untimed = False
+        _nested -= 1
+        if not _nested:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            fcntl.flock(_turns, fcntl.LOCK_UN)
 
 
-def is_untimed() -> bool:
-    return _untimed
+_unshared = benchmarker.benchmark_gpu
+
+
+def _benchmark_gpu(*arguments: Any, **options: Any) -> Any:
+    with alone():
+        return _unshared(*arguments, **options)
 
 
 def timed(device: torch.device, build: Callable[[int], Call], sets: int) -> Timing:
     """Time the calls that `build(i)` returns for each set of operands, one after the other."""
-    if _untimed:
-        build(0)()
-        return Timing(math.nan, math.nan, math.nan, "not timed")
+    with alone():
+        return _timed(device, build, sets)
+
+
+def _timed(device: torch.device, build: Callable[[int], Call], sets: int) -> Timing:
     if device.type != "cuda":
         return interleaved({"": build(0)})[""]
     # Backward passes run on the stream of their forward pass, so all is built on the graph's.
@@ -134,6 +170,11 @@ def interleaved(
 def host_cost(device: torch.device, call: Call, *, calls: int = 100, rounds: int = 15) -> Timing:
     """Time that the host spends on a call, without waiting for what the device does."""
     call()
+    with alone():
+        return _host_cost(device, call, calls, rounds)
+
+
+def _host_cost(device: torch.device, call: Call, calls: int, rounds: int) -> Timing:
     seconds = []
     for _ in range(rounds):
         if device.type == "cuda":

@@ -137,21 +137,26 @@ def precision(form: Form, device: torch.device) -> Iterator[None]:
 
 def seconds_of(device: torch.device, call: Call, rounds: int) -> Timing:
     """Wall-clock time of a call that is waited for, after two that are not counted."""
-    seconds = []
-    for i in range(rounds + 2):
+
+    def wait() -> float:
         start = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if i >= 2:
-            seconds.append(time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    wait()
+    with measure.alone():
+        wait()
+        seconds = [wait() for _ in range(rounds)]
     return Timing.of(seconds, f"{rounds} calls, waited for")
 
 
 @functools.cache
 def bf16_ceiling(device: torch.device, size: int) -> float:
     """FLOP/s of a bf16 matrix product of `size` squared, measured once in this process."""
-    return matmul_ceiling(device, torch.bfloat16, size)
+    with measure.alone():
+        return matmul_ceiling(device, torch.bfloat16, size)
 
 
 def training_step(

@@ -7,7 +7,6 @@ same process. GB/s counts every operand and result once, however often a contend
 import contextlib
 import functools
 import itertools
-import math
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -103,15 +102,16 @@ def norm_off(
     direction: str,
 ) -> float:
     """Assert that a group norm is close to the reference; how far off it is."""
-    if measure.is_untimed():
-        return math.nan
-    return closeness.assert_close(
-        contender,
-        operands,
-        closeness.reference_norm(shape, options),
-        gradients=direction != "forward",
-        dropout_p=contenders.DROPOUT if "dropout" in options else 0.0,
-    )
+    # What has to be compiled is, beside others.
+    contenders.DIRECTIONS[direction](contender, operands)()
+    with measure.alone():
+        return closeness.assert_close(
+            contender,
+            operands,
+            closeness.reference_norm(shape, options),
+            gradients=direction != "forward",
+            dropout_p=contenders.DROPOUT if "dropout" in options else 0.0,
+        )
 
 
 def time_contender(
@@ -192,11 +192,10 @@ def _attention_row(
 
 def attention_off(contender: Contender, operands: contenders.Operands, direction: str) -> float:
     """Assert that an attention is close to the reference; how far off it is."""
-    if measure.is_untimed():
-        return math.nan
-    return closeness.assert_close(
-        contender, operands, contenders.our_attention("reference"), gradients=direction != "forward"
-    )
+    contenders.DIRECTIONS[direction](contender, operands)()
+    truth = contenders.our_attention("reference")
+    with measure.alone():
+        return closeness.assert_close(contender, operands, truth, gradients=direction != "forward")
 
 
 def _absent(op: str, missing: dict[str, str]) -> Iterator[Item]:

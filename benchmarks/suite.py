@@ -1,15 +1,16 @@
 """Everything worth measuring, in parts that continue where they were broken off.
 
     python benchmarks/suite.py --part correctness|kernels|tune|step|sampling|cpu|scaling --out DIR
-    python benchmarks/suite.py --part correctness --share 1/8 --out DIR  # and 2/8, 3/8, beside it
+    python benchmarks/suite.py --part kernels --share 1/8 --out DIR  # and 2/8, 3/8, ... beside it
     python benchmarks/suite.py --merge DIR
 
 Runs from a checkout, installed or not. `cpu` and `scaling` are for a CPU, `correctness`, `kernels`
 and `tune` for a GPU; `step` and `sampling` measure a GPU where there is one, else the CPU. A part
 ends by itself in less than nine minutes; the same command again goes on, until it says that nothing
-is left. Most of `correctness`, and of a first `tune` or `kernels`, is compiling, which shares do
-side by side; `--warm` compiles and does no more. `tune` and `cpu` write what they found to
-kernels/tuned/, `--merge` the tables to benchmarks/results/.
+is left. Most of `correctness`, `tune` and `kernels` is compiling, which shares do side by side and
+take turns on the GPU; the part without a share takes over what they measured. (`step`, `sampling`
+and `kernels`' host rows wait for Python, which others at work slow down.) `tune` and `cpu` write
+what they found to kernels/tuned/, `--merge` the tables to benchmarks/results/.
 """
 
 import argparse
@@ -77,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--merge", type=Path, metavar="DIR", help="folder of measured rows")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where rows are kept")
     parser.add_argument("--share", metavar="I/N", default="1/1", help="every Nth item from the Ith")
-    parser.add_argument("--warm", action="store_true", help="compile only")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="when a part ends")
     given = parser.parse_args(argv)
     try:
@@ -88,9 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.out is None:
             parser.error("--part needs --out")
         share = _share(given.share)
-        with measure.untimed() if given.warm else nullcontext():
-            name = f"{given.part}-warm" if given.warm else given.part
-            return run(given.part, given.out, given.seconds, share=share, name=name)
+        return run(given.part, given.out, given.seconds, share)
     except ValueError as error:
         print(f"suite.py: {error}", file=sys.stderr)
         return 2
@@ -103,7 +101,7 @@ def _share(text: str) -> tuple[int, int]:
     return int(first), int(shares)
 
 
-def run(part: str, out: Path, seconds: float, *, share: tuple[int, int], name: str) -> int:
+def run(part: str, out: Path, seconds: float, share: tuple[int, int]) -> int:
     """Measure what is missing of a share of a part; see `main` for what is returned."""
     cuda = torch.cuda.is_available()
     if part in GPU_ONLY and not cuda:
@@ -111,11 +109,14 @@ def run(part: str, out: Path, seconds: float, *, share: tuple[int, int], name: s
     device = torch.device("cuda", 0) if cuda and part not in CPU_ONLY else torch.device("cpu")
     speed.settings()
     first, shares = share
-    if shares > 1:
-        name += f"-{first}-of-{shares}"
-    kept = rows.Rows(out / f"{name}.jsonl", rows.describe(device))
+    measured_on = rows.describe(device)
+    name = part if shares == 1 else f"{part}-{first}-of-{shares}"
+    kept = rows.Rows(out / f"{name}.jsonl", measured_on)
+    if shares == 1:
+        _take_over(kept, sorted(out.glob(f"{part}-*-of-*.jsonl")), measured_on)
     own = itertools.islice(items(part, device), first - 1, None, shares)
-    left = rows.measure_all(kept, own, seconds=seconds, device=device)
+    with measure.taking_turns(out / "turns.lock") if shares > 1 else nullcontext():
+        left = rows.measure_all(kept, own, seconds=seconds, device=device)
     if name in ("tune", "cpu"):
         print(_write_table(part, kept, device))
     failed = [row["key"] for row in kept if "error" in row or row.get("ok") is False]
@@ -123,6 +124,14 @@ def run(part: str, out: Path, seconds: float, *, share: tuple[int, int], name: s
     for key in failed:
         print(f"failed: {key}")
     return 3 if left else 0
+
+
+def _take_over(kept: rows.Rows, shares: Sequence[Path], measured_on: rows.Row) -> None:
+    for path in shares:
+        for key, row in rows.Rows(path, measured_on).rows.items():
+            if key not in kept:
+                kept.add(key, row)
+        path.unlink()
 
 
 def _write_table(part: str, kept: rows.Rows, device: torch.device) -> Path:

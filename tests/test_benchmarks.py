@@ -1,8 +1,10 @@
 """The benchmark suite: rows that survive, contenders that must be right, tables worked by hand."""
 
+import fcntl
 import json
 import math
 import sys
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -25,6 +27,7 @@ import swapped
 import torch
 import tune
 from accelerate.state import AcceleratorState
+from torch._inductor.runtime.benchmarking import benchmarker
 
 import authors_form
 from ddb_fast.config import SamplingConfig
@@ -639,7 +642,7 @@ def test_the_part_cpu_writes_rows_and_winners(tmp_path, monkeypatch, quick):
 
 
 def test_shares_of_a_part_make_it_up(tmp_path, monkeypatch, capsys):
-    """Every item in one share, files of their own, one page; a warm-up leaves no figures."""
+    """Every item in one share, files of their own, one page; the part itself takes them over."""
     monkeypatch.setattr(
         suite, "items", lambda *_: ((f"case {i}", partial(dict, ok=True, n=i)) for i in range(7))
     )
@@ -648,24 +651,43 @@ def test_shares_of_a_part_make_it_up(tmp_path, monkeypatch, capsys):
         assert suite.main(words) == 0
     sizes = [len(rows.read(tmp_path / f"scaling-{i}-of-3.jsonl")[1]) for i in (1, 2, 3)]
     assert sizes == [3, 2, 2]
-    assert suite.main([*words[:-2], "--warm"]) == 0
-    assert (tmp_path / "scaling-warm.jsonl").exists()
     monkeypatch.setitem(merge._TABLES, "scaling", lambda found: str(sorted(r["n"] for r in found)))
     (path,) = merge.merge(tmp_path, "", tmp_path / "results")
     assert path.read_text().endswith("[0, 1, 2, 3, 4, 5, 6]")
+    monkeypatch.setattr(suite, "items", lambda *_: [("case 7", partial(dict, ok=True, n=7))])
+    assert suite.main(words[:-2]) == 0
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["scaling.jsonl"]
+    found = rows.read(tmp_path / "scaling.jsonl")[1]
+    assert sorted(row["n"] for row in found.values()) == list(range(8))
     capsys.readouterr()
     for share in ("0/3", "4/3", "1/2/3", "a/b"):
         assert suite.main([*words[:-1], share]) == 2
         assert share in capsys.readouterr().err
 
 
-def test_what_is_not_to_be_timed_is_called_once():
-    called = []
-    with measure.untimed():
-        timing = measure.timed(CPU, lambda i: partial(called.append, i), 3)
-        assert math.isnan(speed.norm_off(SHAPE, (), None, {}, "both"))
-    assert called == [0] and math.isnan(timing.median)
-    assert measure.timed(CPU, lambda i: partial(called.append, i), 1).median > 0
+def test_who_times_has_the_device_to_itself(tmp_path):
+    """What torch.compile times too; without shares nobody waits."""
+    lock, times = tmp_path / "lock", []
+    with measure.alone():
+        assert not lock.exists()
+
+    def time_twice():
+        with measure.alone(), measure.alone():
+            times.append(measure.timed(CPU, lambda _: partial(sum, (1, 2)), 1))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(measure, "_unshared", lambda call, **_: call())
+            benchmarker.benchmark_gpu(lambda: times.append(None), rep=1)
+
+    with measure.taking_turns(lock), lock.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread = threading.Thread(target=time_twice)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and not times
+        fcntl.flock(other, fcntl.LOCK_UN)
+        thread.join(30)
+        assert len(times) == 2 and times[0].median > 0
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_another_librarys_network_is_timed_with_and_without_ours():
