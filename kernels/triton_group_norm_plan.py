@@ -15,7 +15,7 @@ from .launch import multiprocessors, power_of_two
 MAX_SLAB = 512
 # Elements of a tile that is read once and stays in registers, four warps' worth.
 _IN_REGISTERS = 4096
-# In NCHW up to so many pixels a tile of so many bytes is the faster (1.1 to 1.6 times on an H200).
+# In NCHW a tile of up to so many pixels and bytes is the faster (1.1 to 1.6 times on an H200).
 _SMALL, _SMALL_BYTES = 256, 2**14
 # Bytes of a slab that a GPU's L2 holds as often as programs run side by side.
 _IN_L2 = 2**17
@@ -87,30 +87,33 @@ def _plan(
     def block(slab_groups: int) -> int:
         return max(narrowest, power_of_two(slab_groups * group))
 
-    # Pixels that lie side by side, whatever a slab's channels begin with.
-    any_slab = not channels_last and not dropout
-    usual = _IN_REGISTERS
+    # Larger tiles were measured, and do not spill, without masked pixels.
+    whole = hw == power_of_two(hw)
+    any_slab = whole and not channels_last and not dropout
+    limit = _IN_REGISTERS
     if any_slab and hw <= _SMALL:
-        usual = max(usual, _SMALL_BYTES // size)
-    limit = asked.get("registers", usual)
+        limit = max(limit, _SMALL_BYTES // size)
+    if whole:
+        limit = asked.get("registers", limit)
 
     def in_registers(slab_groups: int) -> bool:
         return power_of_two(hw) * block(slab_groups) <= limit
 
     wide, narrow = width(64), width(32)
     if any_slab and (hw <= _SMALL or "registers" in asked):
+        # Pixels lie side by side, whatever a slab's channels begin with.
         narrow = 1
     slab_groups = narrow if in_registers(narrow) and not in_registers(wide) else wide
     one_tile = in_registers(slab_groups)
     slab = slab_groups * group
     slabs = -(-num_groups // slab_groups)
     target = 2 * multiprocessors(device)
-    too_few = n * slabs < target and not one_tile
-    if too_few and asked.get("split") == 0:
+    if 2 * n * slabs < target and asked.get("split") == 0:
         # It was measured with more samples.
         asked = {}
+    too_few = n * slabs < target
     too_large = channels_last and hw * slab * size > _IN_L2
-    split = slab > MAX_SLAB or asked.get("split", too_few or too_large)
+    split = slab > MAX_SLAB or (not one_tile and asked.get("split", too_few or too_large))
     if split and (hw > 1 or slab > MAX_SLAB):
         return _split_plan(n, c, hw, size, channels_last, target, backward, asked)
     block_c = block(slab_groups)

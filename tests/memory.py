@@ -90,8 +90,15 @@ def apart(launched):
             touched.touch(self.grid_idx, pointers.data[mask.data].tolist(), True)
             return store(self, pointers, value, mask, *rest)
 
+        def atomic(*_):
+            raise AssertionError("an atomic operation, which is not seen")
+
         with mock.patch.multiple(
-            usual, create_masked_load=masked_load, create_masked_store=masked_store
+            usual,
+            create_masked_load=masked_load,
+            create_masked_store=masked_store,
+            create_atomic_rmw=atomic,
+            create_atomic_cas=atomic,
         ):
             launching.launch(kernel, grid, arguments, constants, **options)
         launched.append(kernel.__name__)

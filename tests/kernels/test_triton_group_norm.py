@@ -3,9 +3,12 @@
 Every regime runs in the interpreter with blocks so small that it takes all its loops.
 """
 
+import itertools
+import json
 import math
 
 import pytest
+import shapes
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +16,7 @@ import tune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddb_fast.kernels import group_norm, reference, triton_backend, triton_math
+from ddb_fast.kernels import group_norm, reference, triton_backend, triton_math, tuned
 from ddb_fast.kernels import launch as launching
 from ddb_fast.kernels import triton_group_norm as module
 from regimes import LAYOUTS, SHAPE, errors, layouts, operands, run
@@ -188,7 +191,12 @@ SHAPES = {
 
 
 # What a table may ask for; {} is what is launched without one.
-ASKED = ({}, {"registers": 16384})
+ASKED = (
+    {},
+    {"registers": 16384},
+    {"split": 0, "num_warps": 16, "stages": 1},
+    {"split": 1, "num_warps": 8, "unroll": 2},
+)
 
 
 @settings(max_examples=600, deadline=None)
@@ -229,13 +237,15 @@ def test_a_plan_covers_everything_once(
     (
         # A group of 18 channels in a block of 32, of 16 pixels square: 8,192 elements.
         ({}, (True, 1, 32, 8)),
+        # As many pixels are masked.
+        ({"size": (15, 15)}, (False, 4, 128, 4)),
         # Four groups begin on a vector of eight channels, and their 72 are too many.
         ({"dropout": True}, (False, 4, 128, 8)),
         ({"layout": torch.channels_last}, (False, 4, 128, 8)),
         ({"dtype": torch.float32}, (False, 2, 64, 8)),
         ({"size": (32, 32)}, (False, 4, 128, 16)),
     ),
-    ids=("nchw", "dropout", "channels_last", "fp32", "32 pixels"),
+    ids=("nchw", "15 pixels", "dropout", "channels_last", "fp32", "32 pixels"),
 )
 def test_a_group_of_a_small_image_stays_in_registers(options, expected):
     """In NCHW and 16 bits, whatever number of channels it begins with."""
@@ -246,6 +256,30 @@ def test_a_group_of_a_small_image_stays_in_registers(options, expected):
     x = x.contiguous(memory_format=options["layout"])
     cut = module.plan(x, 32, backward=True, dropout=options["dropout"])
     assert (cut.one_tile, cut.slab_groups, cut.block_c, cut.num_warps) == expected
+
+
+def test_a_table_changes_what_it_was_measured_for(monkeypatch):
+    """Each of its entries, at the size and batch that it was measured at."""
+    table = json.loads((tuned.FOLDER / "sm_90.json").read_text("utf-8"))
+    entries = table["configurations"]["group_norm"]
+    monkeypatch.setattr(tuned, "architecture", lambda _: "sm_90")
+    changed = set()
+    for (_, shape), layout, backward in itertools.product(
+        shapes.unique(shapes.GROUP_NORM), LAYOUTS, (False, True)
+    ):
+        x = torch.empty(shape.n, shape.c, shape.h, shape.w, dtype=torch.bfloat16, device="meta")
+        x = x.contiguous(memory_format=layout)
+        size = tuned.group_norm_class(x.dtype, x.is_contiguous(), x.shape[1:], backward)
+        cuts = []
+        for configuration in (tuned.configuration, lambda *_: None):
+            with monkeypatch.context() as patch:
+                patch.setattr(tuned, "configuration", configuration)
+                tune.forget()
+                cuts.append(module.plan(x, shape.g, backward=backward, dropout=False))
+        if cuts[0] != cuts[1]:
+            changed.add(f"{size}/{shape.c // shape.g}")
+    tune.forget()
+    assert changed == set(entries) != set()
 
 
 def test_what_was_measured_with_many_samples_does_not_count_for_few():
