@@ -118,11 +118,13 @@ _BRANCHES = (
     shapes.GroupNorm(128, 512, 8, 8, 32),
     shapes.GroupNorm(2, 256, 32, 32, 32),
 )
-# Large slabs, which channels_last splits; C / G of 18 and 14, and groups too wide for one program.
+# Large slabs, which channels_last splits; C / G of 18 and 14, pixels that no vector divides, and
+# groups too wide for one program.
 _ODD = (
     shapes.GroupNorm(128, 128, 64, 64, 32),
     shapes.GroupNorm(64, 576, 16, 16, 32),
     shapes.GroupNorm(64, 448, 8, 8, 32),
+    shapes.GroupNorm(64, 960, 15, 15, 32),
     shapes.GroupNorm(64, 1024, 16, 16, 1),
 )
 # Slabs so large that a program has 16 warps, whose registers and shared memory are scarcest.
@@ -135,6 +137,9 @@ _LAYOUTS = ("nhwc", "nchw")
 _OPTIONS = tuple(name for name in shapes.OPTIONS if name != "silu+pre_bias")
 # Those that add most to a kernel: what the others have beside them are vectors.
 _MOST = ("silu+pre_bias+dropout", "residual+return_sum")
+_ANY = {name: shapes.OPTIONS[name] for name in ("silu", *_MOST)} | {
+    "all": ("silu", "pre_bias", "scale", "shift", "residual", "return_sum")
+}
 
 
 def _group_norms() -> Iterator[Variant]:
@@ -247,10 +252,10 @@ def _tuned() -> Iterator[Variant]:
             keys = _norm_keys(shape, DTYPES[dtype], layout)
             known |= keys
             # A table is measured with SiLU alone and counts for every call of the class.
-            for options in ("silu", *_MOST) if keys & norms else ():
+            for name, options in _ANY.items() if keys & norms else ():
                 with _on(path.stem):
-                    launches = _group_norm(shape, DTYPES[dtype], layout, shapes.OPTIONS[options])
-                label = f"{path.stem} group_norm {dtype} {layout} {options} {shape}"
+                    launches = _group_norm(shape, DTYPES[dtype], layout, options)
+                label = f"{path.stem} group_norm {dtype} {layout} {name} {shape}"
                 for launch in launches:
                     wide = functools.partial(_wide_image, shape)
                     yield variant(launch, label, wide, path.stem)
