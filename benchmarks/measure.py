@@ -12,13 +12,14 @@ from typing import Any, TextIO
 from unittest import mock
 
 import torch
-from torch._inductor.runtime.benchmarking import benchmarker
 
 Call = Callable[[], object]
 
 # Long enough that launching a graph does not count, in seconds.
 _GRAPH = 2e-3
 _REPLAYS = 20
+# How much longer the slow replays of an undisturbed call take.
+_STEADY = 1.1
 # Without a device that says, an H100's, in bytes.
 _L2 = 50 * 2**20
 
@@ -37,6 +38,10 @@ class Timing:
         tenths = statistics.quantiles(seconds, n=10, method="inclusive")
         return cls(statistics.median(seconds), tenths[0], tenths[-1], how)
 
+    @property
+    def spread(self) -> float:
+        return self.high / self.low
+
     def row(self) -> dict[str, float | str]:
         return {"us": self.median * 1e6, "us_10": self.low * 1e6, "us_90": self.high * 1e6,
                 "how": self.how}  # fmt: skip
@@ -54,7 +59,7 @@ def rotation(device: torch.device, footprint: int) -> int:
 
 
 _turns: TextIO | None = None
-_nested = 0
+_held = False
 
 
 @contextmanager
@@ -63,8 +68,16 @@ def taking_turns(lock: Path) -> Iterator[None]:
 
     What torch.compile times to choose by waits for its turn too.
     """
+    from torch._inductor.runtime.benchmarking import benchmarker
+
     global _turns
-    with lock.open("a") as file, mock.patch.object(benchmarker, "benchmark_gpu", _benchmark_gpu):
+    usual = benchmarker.benchmark_gpu
+
+    def benchmark_gpu(*arguments: Any, **options: Any) -> Any:
+        with alone():
+            return usual(*arguments, **options)
+
+    with lock.open("a") as file, mock.patch.object(benchmarker, "benchmark_gpu", benchmark_gpu):
         _turns = file
         try:
             yield
@@ -74,41 +87,37 @@ def taking_turns(lock: Path) -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """The device is this process's until what it was given here is done; may be nested."""
-    global _nested
-    if _turns is None:
+    """The device is this process's until what it was given here is done; may be nested.
+
+    But for what others compile: that they run, unasked, before they check and time it.
+    """
+    global _held
+    if _turns is None or _held:
         yield
         return
-    if not _nested:
-        fcntl.flock(_turns, fcntl.LOCK_EX)
-    _nested += 1
     try:
+        fcntl.flock(_turns, fcntl.LOCK_EX)
+        _held = True
         yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
     finally:
-        _nested -= 1
-        if not _nested:
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            fcntl.flock(_turns, fcntl.LOCK_UN)
-
-
-_unshared = benchmarker.benchmark_gpu
-
-
-def _benchmark_gpu(*arguments: Any, **options: Any) -> Any:
-    with alone():
-        return _unshared(*arguments, **options)
+        _held = False
+        fcntl.flock(_turns, fcntl.LOCK_UN)
 
 
 def timed(device: torch.device, build: Callable[[int], Call], sets: int) -> Timing:
-    """Time the calls that `build(i)` returns for each set of operands, one after the other."""
-    with alone():
-        return _timed(device, build, sets)
+    """Time the calls that `build(i)` returns for each set of operands, one after the other.
 
-
-def _timed(device: torch.device, build: Callable[[int], Call], sets: int) -> Timing:
+    On a GPU the steadiest of up to three times, if the first has a wide spread: somebody was there.
+    """
     if device.type != "cuda":
         return interleaved({"": build(0)})[""]
+    with alone():
+        return _replayed(device, build, sets)
+
+
+def _replayed(device: torch.device, build: Callable[[int], Call], sets: int) -> Timing:
     # Backward passes run on the stream of their forward pass, so all is built on the graph's.
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -125,11 +134,15 @@ def _timed(device: torch.device, build: Callable[[int], Call], sets: int) -> Tim
             # Results live for a round, so that no call writes where the one before it wrote.
             kept = [call() for call in calls]
         del kept
+    times, found = repeats * len(calls), []
     with torch.cuda.stream(stream):
-        graph.replay()
-        graph.replay()
-        seconds = [_elapsed(stream, graph.replay) / (repeats * len(calls)) for _ in range(_REPLAYS)]
-    return Timing.of(seconds, f"graph of {repeats}x{len(calls)} calls, {_REPLAYS} replays")
+        while len(found) < 3 and not any(timing.spread <= _STEADY for timing in found):
+            graph.replay()
+            graph.replay()
+            seconds = [_elapsed(stream, graph.replay) / times for _ in range(_REPLAYS)]
+            how = f"graph of {repeats}x{len(calls)} calls, {_REPLAYS} replays"
+            found.append(Timing.of(seconds, how))
+    return min(found, key=lambda timing: timing.spread)
 
 
 def _elapsed(stream: torch.cuda.Stream, run: Call) -> float:
@@ -170,11 +183,6 @@ def interleaved(
 def host_cost(device: torch.device, call: Call, *, calls: int = 100, rounds: int = 15) -> Timing:
     """Time that the host spends on a call, without waiting for what the device does."""
     call()
-    with alone():
-        return _host_cost(device, call, calls, rounds)
-
-
-def _host_cost(device: torch.device, call: Call, calls: int, rounds: int) -> Timing:
     seconds = []
     for _ in range(rounds):
         if device.type == "cuda":

@@ -216,7 +216,7 @@ def _swapped(found: list[Row]) -> str:
     """Another library's network with and without our operators."""
     if not found:
         return ""
-    names = ("what", "way", "batch", "ms", "forward ms", "images/s", "peak GB", "how")
+    names = ("what", "way", "batch", "ms", "ms_10", "ms_90", "forward ms", "images/s", "peak GB", "how")
     body = [[row.get(name) for name in names] for row in found]
     return "\n## `optimize`, a training step and a forward pass\n" + table(names, body)
 
@@ -287,7 +287,8 @@ def merge(out: Path, command: str, results: Path = RESULTS) -> list[Path]:
             other, more = rows.read(path)
             if other != measured_on:
                 raise ValueError(f"{path} and {paths[0]} were not measured on the same machine")
-            found |= more
+            # The part itself comes first: it measures again what failed in a share.
+            found |= {k: row for k, row in more.items() if "error" in found.get(k, {"error": ""})}
         device = re.sub(r"[^a-z0-9]+", "-", measured_on["device"].lower()).strip("-")
         page_path = results / device / f"{part}.md"
         page_path.parent.mkdir(parents=True, exist_ok=True)

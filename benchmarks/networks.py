@@ -137,26 +137,21 @@ def precision(form: Form, device: torch.device) -> Iterator[None]:
 
 def seconds_of(device: torch.device, call: Call, rounds: int) -> Timing:
     """Wall-clock time of a call that is waited for, after two that are not counted."""
-
-    def wait() -> float:
+    seconds = []
+    for _ in range(rounds + 2):
         start = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    wait()
-    with measure.alone():
-        wait()
-        seconds = [wait() for _ in range(rounds)]
-    return Timing.of(seconds, f"{rounds} calls, waited for")
+        seconds.append(time.perf_counter() - start)
+    how = f"{rounds} calls, waited for; the first took {seconds[0]:.1f} s"
+    return Timing.of(seconds[2:], how)
 
 
 @functools.cache
 def bf16_ceiling(device: torch.device, size: int) -> float:
     """FLOP/s of a bf16 matrix product of `size` squared, measured once in this process."""
-    with measure.alone():
-        return matmul_ceiling(device, torch.bfloat16, size)
+    return matmul_ceiling(device, torch.bfloat16, size)
 
 
 def training_step(
@@ -234,6 +229,7 @@ def step_row(
     flops = 3 * forward_flops(config) * batch
     return {
         "form": form.name, "batch": batch, "ms": timing.median * 1e3,
+        "ms_10": timing.low * 1e3, "ms_90": timing.high * 1e3,
         "images/s": batch / timing.median, "GFLOP/image": flops / batch / 1e9,
         "share of matmul": flops / timing.median / bf16_ceiling(device, ceiling),
         "matmul TFLOP/s": bf16_ceiling(device, ceiling) / 1e12,

@@ -102,7 +102,7 @@ def norm_off(
     direction: str,
 ) -> float:
     """Assert that a group norm is close to the reference; how far off it is."""
-    # What has to be compiled is, beside others.
+    # Compiles, beside others.
     contenders.DIRECTIONS[direction](contender, operands)()
     with measure.alone():
         return closeness.assert_close(

@@ -8,9 +8,9 @@ Runs from a checkout, installed or not. `cpu` and `scaling` are for a CPU, `corr
 and `tune` for a GPU; `step` and `sampling` measure a GPU where there is one, else the CPU. A part
 ends by itself in less than nine minutes; the same command again goes on, until it says that nothing
 is left. Most of `correctness`, `tune` and `kernels` is compiling, which shares do side by side and
-take turns on the GPU; the part without a share takes over what they measured. (`step`, `sampling`
-and `kernels`' host rows wait for Python, which others at work slow down.) `tune` and `cpu` write
-what they found to kernels/tuned/, `--merge` the tables to benchmarks/results/.
+take turns on the GPU; the part without a share goes on from what they have measured. (What waits
+for Python, which others at work slow down, is in no share.) `tune` and `cpu` write what they found
+to kernels/tuned/, `--merge` the tables to benchmarks/results/.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from ddb_fast.presets import PRESETS
 # What is left of nine minutes is for starting and for writing.
 SECONDS = 520.0
 GPU_ONLY, CPU_ONLY = ("correctness", "kernels", "tune"), ("cpu", "scaling")
+SHARED = GPU_ONLY
 
 
 def items(part: str, device: torch.device) -> Iterator[Item]:
@@ -104,17 +105,25 @@ def _share(text: str) -> tuple[int, int]:
 def run(part: str, out: Path, seconds: float, share: tuple[int, int]) -> int:
     """Measure what is missing of a share of a part; see `main` for what is returned."""
     cuda = torch.cuda.is_available()
+    first, shares = share
+    if shares > 1 and part not in SHARED:
+        raise ValueError(f"part {part} has no shares, only {', '.join(SHARED)} have")
     if part in GPU_ONLY and not cuda:
         raise ValueError(f"part {part} needs a GPU, and torch finds none")
     device = torch.device("cuda", 0) if cuda and part not in CPU_ONLY else torch.device("cpu")
     speed.settings()
-    first, shares = share
     measured_on = rows.describe(device)
     name = part if shares == 1 else f"{part}-{first}-of-{shares}"
     kept = rows.Rows(out / f"{name}.jsonl", measured_on)
     if shares == 1:
-        _take_over(kept, sorted(out.glob(f"{part}-*-of-*.jsonl")), measured_on)
-    own = itertools.islice(items(part, device), first - 1, None, shares)
+        for path in sorted(out.glob(f"{part}-*-of-*.jsonl")):
+            for key, row in rows.Rows(path, measured_on).rows.items():
+                if key not in kept and "error" not in row:
+                    kept.add(key, row)
+    own = items(part, device)
+    if shares > 1:
+        own = (item for item in own if not item[0].startswith("host "))
+        own = itertools.islice(own, first - 1, None, shares)
     with measure.taking_turns(out / "turns.lock") if shares > 1 else nullcontext():
         left = rows.measure_all(kept, own, seconds=seconds, device=device)
     if name in ("tune", "cpu"):
@@ -124,14 +133,6 @@ def run(part: str, out: Path, seconds: float, share: tuple[int, int]) -> int:
     for key in failed:
         print(f"failed: {key}")
     return 3 if left else 0
-
-
-def _take_over(kept: rows.Rows, shares: Sequence[Path], measured_on: rows.Row) -> None:
-    for path in shares:
-        for key, row in rows.Rows(path, measured_on).rows.items():
-            if key not in kept:
-                kept.add(key, row)
-        path.unlink()
 
 
 def _write_table(part: str, kept: rows.Rows, device: torch.device) -> Path:

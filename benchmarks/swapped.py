@@ -65,6 +65,7 @@ def _row(device: torch.device, way: str, batch: int, size: int, **sizes) -> Row:
         sampled = networks.seconds_of(device, forward, 10)
     return {
         "what": "diffusers UNet2DModel", "way": way, "batch": batch, "ms": timing.median * 1e3,
+        "ms_10": timing.low * 1e3, "ms_90": timing.high * 1e3,
         "images/s": batch / timing.median, "forward ms": sampled.median * 1e3,
         "peak GB": peak, "how": timing.how,
     }  # fmt: skip
