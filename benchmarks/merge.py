@@ -216,7 +216,18 @@ def _swapped(found: list[Row]) -> str:
     """Another library's network with and without our operators."""
     if not found:
         return ""
-    names = ("what", "way", "batch", "ms", "ms_10", "ms_90", "forward ms", "images/s", "peak GB", "how")
+    names = (
+        "what",
+        "way",
+        "batch",
+        "ms",
+        "ms_10",
+        "ms_90",
+        "forward ms",
+        "images/s",
+        "peak GB",
+        "how",
+    )
     body = [[row.get(name) for name in names] for row in found]
     return "\n## `optimize`, a training step and a forward pass\n" + table(names, body)
 

@@ -39,11 +39,20 @@ _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # --- scores ------------------------------------------------------------------------------------
 
 
-def score(run: FinishedRun, data: DataConfig, *, corrupt: str, device: torch.device) -> ScoreTable:
+def score(
+    run: FinishedRun,
+    data: DataConfig,
+    *,
+    corrupt: str,
+    device: torch.device,
+    splits: Sequence[str] = (*SPLITS, ""),
+    progress: bool = True,
+) -> ScoreTable:
     """Score images with a run's amplifier, by the rule and statistics of its own scores.csv.
 
-    corrupt: error, or skip to leave broken images out. ValueError, one line, for a run without an
-    amplifier, images that are not there, and classes that it does not know.
+    splits: of which images, "" for those of none. progress: bars on terminals. corrupt: error, or
+    skip to leave broken images out. ValueError, one line, for a run without an amplifier, images
+    that are not there, and classes that it does not know.
     """
     if not {"amplifier", "scores"} <= run.done:
         raise ValueError(run.without("bias amplifier"))
@@ -68,13 +77,14 @@ def score(run: FinishedRun, data: DataConfig, *, corrupt: str, device: torch.dev
         )
     fitted = partial(FITS[_fit(run)], size=run.config.diffusion.image_size)
     tables = []
-    for split in (*SPLITS, ""):
+    for split in splits:
         for part, pixels in batches(
             images.split(split),
             fitted,
             size=EVALUATION_BATCH,
             corrupt=corrupt,
             title=f"score {split}",
+            progress=progress,
         ):
             logits = logits_of(network, pixels, config, device=device, crop=False)
             y = torch.tensor([entry.y for entry in part]) if images.labelled else None

@@ -51,6 +51,8 @@ def torch_program(model: Classifier | BiasAmplifier) -> tuple[bytes, Callable[[T
         _Program(model), (_examples(model, 2),), dynamic_shapes=({0: torch.export.Dim.AUTO},)
     )
     program.example_inputs = None  # they would be stored as a pickle
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # places on this machine
     file = io.BytesIO()
     torch.export.save(program, file)
     return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
@@ -75,7 +77,10 @@ def onnx_program(
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         verbose=False,
     )
-    file = program.model_proto.SerializeToString()
+    proto = program.model_proto
+    for node in proto.graph.node:
+        del node.metadata_props[:]  # places on this machine
+    file = proto.SerializeToString()
     if importlib.util.find_spec("onnxruntime") is None:
         return file, None
     import onnxruntime

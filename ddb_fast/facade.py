@@ -173,8 +173,12 @@ class Amplifier:
             raise ValueError(f"score takes what load_data gives, or a split of it; got {kind}")
         data = images if isinstance(images, Data) else images.data
         data.check_unchanged()
-        corrupt = self.finished.config.data.corrupt
-        table = apply.score(self.finished, data.config, corrupt=corrupt, device=self.device)
+        run = self.finished.config
+        asked = {} if images is data else {"splits": (images.split,)}
+        table = apply.score(
+            self.finished, data.config, corrupt=run.data.corrupt, device=self.device,
+            progress=run.progress, **asked,
+        )  # fmt: skip
         # The table is sorted by the run's class numbers, which may be others than the listing's.
         row = {path: i for i, path in enumerate(table.path)}
         paths = data.listing.paths if images is data else images.paths

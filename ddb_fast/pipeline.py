@@ -8,6 +8,7 @@ import json
 import logging
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -231,6 +232,10 @@ def _run_stages(
     return results
 
 
+# By itself it notes the command, the folders and what is printed.
+_WANDB = {"settings": {"console": "off", "x_disable_meta": True, "disable_git": True}}
+
+
 def _init_tracker(config: RunConfig, accelerator: Accelerator) -> None:
     plain = (bool, int, float, str)  # what every tracker takes
     places = {"out", "data.path", *GIVEN, *PRETRAINED}  # nobody's business
@@ -239,8 +244,13 @@ def _init_tracker(config: RunConfig, accelerator: Accelerator) -> None:
         for name, value in flatten(config).items()
         if name not in places
     }
+    # wandb holds one run a process: ours would end the caller's.
+    if config.tracker == "wandb" and getattr(sys.modules.get("wandb"), "run", None) is not None:
+        raise ValueError(
+            "tracker wandb: a run of yours is going on in this process; finish it first"
+        )
     try:
-        accelerator.init_trackers("ddb_fast", config=fields)
+        accelerator.init_trackers("ddb_fast", config=fields, init_kwargs={"wandb": _WANDB})
     except Exception as error:  # whatever a tracker raises: not logged in, no network
         accelerator.trackers = []  # the end of one that never began hides the reason
         raise ValueError(f"tracker {config.tracker}: {error}") from error

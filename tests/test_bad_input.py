@@ -522,8 +522,9 @@ def test_a_tracker_says_why_it_does_not_start_and_gets_no_places(monkeypatch, ca
     class Wandb(GeneralTracker):
         name, requires_logging_directory, main_process_only = "wandb", False, True
 
-        def __init__(self, *arguments, **options):
+        def __init__(self, *arguments, settings):
             super().__init__()
+            sent["settings"] = settings
 
         tracker = None
 
@@ -549,9 +550,17 @@ def test_a_tracker_says_why_it_does_not_start_and_gets_no_places(monkeypatch, ca
     AcceleratorState._reset_state(reset_partial_state=True)
     key = "a key"
     assert main([*words, "--tracker", "wandb"], prog="ddb-fast run") == 0
+    settings = sent.pop("settings")
+    assert settings == {"console": "off", "x_disable_meta": True, "disable_git": True}
     assert sent["classifier.images"] == 1920
     assert all(isinstance(value, bool | int | float | str) for value in sent.values())
     assert not any(str(tmp_path) in str(value) for value in sent.values())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run="of a caller"))
+    line = refused(capsys, *words, "--tracker", "wandb", "--seeds", "0", "1")
+    assert line.endswith(
+        "tracker wandb: a run of yours is going on in this process; finish it first"
+    )
 
 
 def test_synthetic_images_of_other_classes(capsys, tmp_path):

@@ -13,7 +13,7 @@ import torch
 
 import ddb_fast
 import small
-from ddb_fast import scoring
+from ddb_fast import apply, scoring
 from ddb_fast.data.unseen import list_images
 from ddb_fast.facade import Amplifier
 from ddb_fast.provenance import FinishedRun
@@ -37,7 +37,7 @@ def test_importing_the_package_imports_no_torch():
         _ = ddb_fast.fit
 
 
-def test_scores_are_the_runs_own(fitted):
+def test_scores_are_the_runs_own(fitted, monkeypatch):
     data, amplifier = fitted
     scores = amplifier.score(data.train)
     kept = scoring.read_scores(str(amplifier.finished.path / "amplifier" / "scores.csv"))
@@ -45,6 +45,17 @@ def test_scores_are_the_runs_own(fitted):
     assert torch.equal(torch.from_numpy(scores.y), data.train.y)
     np.testing.assert_allclose(scores.score, kept.score, rtol=1e-6)
     np.testing.assert_array_equal(scores.conflicting, kept.conflicting)
+    with monkeypatch.context() as patch:
+        asked = []
+        patch.setattr(
+            apply,
+            "batches",
+            lambda entries, *_, **k: asked.append((k["title"], k["progress"])) or (),
+        )
+        for images in (data.test, data):
+            with pytest.raises(ValueError, match="can be read"):
+                amplifier.score(images)
+    assert asked == [(f"score {split}", False) for split in ("test", "train", "val", "test", "")]
     assert len(amplifier.score(data)) == 6333
     assert amplifier.report.exists() and amplifier.results["methods"] == {}
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
@@ -159,7 +170,7 @@ def asked(monkeypatch):
     configs = []
     monkeypatch.setattr("ddb_fast.facade.run", configs.append)
     monkeypatch.setattr("ddb_fast.facade.FinishedRun.open", lambda path: path)
-    config = SimpleNamespace(data=SimpleNamespace(corrupt="error"))
+    config = SimpleNamespace(data=SimpleNamespace(corrupt="error"), progress=False)
     amplifier = Amplifier(SimpleNamespace(config=config), torch.device("cpu"))
     return configs, amplifier
 

@@ -170,11 +170,12 @@ def batches(
     size: int,
     corrupt: Literal["error", "skip"] = "error",
     title: str = "decode",
+    progress: bool = True,
 ) -> Iterator[tuple[list[Entry], Tensor]]:
     """Decode images as they are asked for: entries and their pixels (B, S, S, 3) uint8, B <= size.
 
     fitted: (3, S, S) uint8 of an image, as `store.FITS` and `centre_square` make. Only the last
-    batch is smaller, as where decoded images are cut into batches. A bar on terminals counts.
+    batch is smaller, as where decoded images are cut into batches. progress: a bar on terminals.
 
     Raises:
         ValueError: a broken file, unless corrupt is skip: then it is left out, and a warning says.
@@ -193,7 +194,9 @@ def batches(
         return
     kept: list[tuple[Entry, Tensor]] = []
     broken: list[str] = []
-    bar = tqdm(total=len(entries), desc=f"{title:>24}", unit="img", disable=None)
+    bar = tqdm(
+        total=len(entries), desc=f"{title:>24}", unit="img", disable=None if progress else True
+    )
     with bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(entries), size):
             part = entries[start : start + size]
