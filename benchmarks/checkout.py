@@ -16,6 +16,3 @@ if find_spec("ddb_fast") is None:
     )
     sys.modules["ddb_fast"] = module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["ddb_fast"])
-if find_spec("ddb_fast.kernels") is None:
-    # On sys.path the root would make a top-level `kernels` of it, which shadows another package.
-    sys.modules["ddb_fast"].__path__.append(str(ROOT))

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from ddb_fast.arguments import OneLineParser, check_takes_rho
-from ddb_fast.streams import printing
+from ddb_fast.streams import log_to_stderr, printing
 
 COMMANDS = {
     "run": "all stages on a preset's or your images; the same command again resumes",
@@ -127,7 +127,6 @@ def sweep(argv: Sequence[str]) -> int:
 
 
 def show_data(argv: Sequence[str]) -> int:
-    import logging
     from dataclasses import replace
 
     from ddb_fast.config import DataConfig
@@ -163,7 +162,7 @@ def show_data(argv: Sequence[str]) -> int:
     if arguments.rho is not None:
         check_takes_rho(source, "--rho")
         config = replace(config, rho=arguments.rho)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_stderr()
     listing = open_listing(config)
     print(describe(listing), flush=True)
     if arguments.check:

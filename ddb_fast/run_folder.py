@@ -174,6 +174,10 @@ class RunFolder:
     def lock(self) -> None:
         """Create the folder and keep it for this run; ValueError as `lock_folder`."""
         if self._writes:
+            try:
+                str(self.path).encode()
+            except UnicodeEncodeError:  # known to the disk, not to safetensors
+                raise ValueError(f"--out {str(self.path)!r} is not valid Unicode") from None
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.path)
 

@@ -1,11 +1,19 @@
 """Standard output and error of a command: closed, full, left by their reader, or in ASCII."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
 
 _READER_LEFT = 141
 """What a shell says of a command that SIGPIPE ended."""
+
+
+def log_to_stderr() -> None:
+    """What this package says by the way; of others their warnings. A caller's own setup stays."""
+    if not logging.getLogger().handlers:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("ddb_fast").setLevel(logging.INFO)
 
 
 def printing(work: Callable[[], int], *, prog: str) -> int:

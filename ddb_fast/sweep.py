@@ -25,6 +25,7 @@ from ddb_fast.compare import as_data, compare
 from ddb_fast.compared_runs import Run, read_run
 from ddb_fast.config import TAKES_RHO, RunConfig
 from ddb_fast.presets import PRESETS, load_config
+from ddb_fast.streams import log_to_stderr
 from ddb_fast.tabular import markdown, percent
 
 RENDERED = {"digits": 10, "colored-mnist": 10}
@@ -341,7 +342,7 @@ def main(argv: Sequence[str], *, prog: str = "ddb-fast sweep") -> int:
         for one in planned:
             print(shlex.join([*launch, "-m", "ddb_fast.train", *one.words]))
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_stderr()
     out = Path(arguments.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: not a folder")

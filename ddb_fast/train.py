@@ -20,7 +20,7 @@ if __name__ == "__main__":  # the launcher puts this file's folder first; our mo
 from ddb_fast.arguments import parse_run
 from ddb_fast.config import RunConfig
 from ddb_fast.fields import to_json
-from ddb_fast.streams import printing
+from ddb_fast.streams import log_to_stderr, printing
 
 if TYPE_CHECKING:
     import torch
@@ -172,13 +172,21 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
 
 
 def _main(argv: Sequence[str] | None, prog: str) -> int:
-    config, dry_run, profile = parse_run(sys.argv[1:] if argv is None else argv, prog=prog)
+    try:
+        return _asked(sys.argv[1:] if argv is None else argv, prog)
+    except KeyboardInterrupt:  # nothing has begun
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _asked(argv: Sequence[str], prog: str) -> int:
+    config, dry_run, profile = parse_run(argv, prog=prog)
     if dry_run:
         sys.stdout.write(to_json(config))
         return 0
     from torch import OutOfMemoryError
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_stderr()
     try:
         run(config, profile=profile)
     except KeyboardInterrupt:
@@ -190,6 +198,13 @@ def _main(argv: Sequence[str] | None, prog: str) -> int:
         if os.environ.get("DDB_FAST_TRACEBACK"):
             raise
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        compiler = type(error).__module__.startswith(("torch._inductor.", "torch._dynamo."))
+        if not compiler or os.environ.get("DDB_FAST_TRACEBACK"):
+            raise
+        reason = str(error).partition("\n")[0]
+        print(f"{prog}: torch.compile: {reason}; --step eager goes without", file=sys.stderr)
         return 2
     return 0
 

@@ -5,7 +5,6 @@ Heavy imports wait until the arguments are understood, so that `--help` is there
 
 import argparse
 import json
-import logging
 import sys
 import typing
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from ddb_fast.compared_runs import Run
 from ddb_fast.comparison_tables import group_tables, tables_of
 from ddb_fast.config import CONTROLS, DataConfig, RunConfig
 from ddb_fast.presets import PRESETS
+from ddb_fast.streams import log_to_stderr
 from ddb_fast.tabular import as_markdown
 from ddb_fast.train import own_device, set_threads
 
@@ -105,7 +105,7 @@ def _add_data(parser: OneLineParser) -> None:
 
 def _prepare(config: RunConfig | None) -> "torch.device":
     """Log to stderr, take threads and device as a run of this configuration does."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_stderr()
     set_threads(None if config is None else config.threads)
     return own_device()
 

@@ -35,6 +35,9 @@ def why_not(op: str, *arguments: Any) -> list[str]:
     return torch_operators_only(x)
 
 
+_OPERATORS = ("group_norm", "group_norm_backward", "attention", "attention_backward")
+
+
 # A constant of the trace: torch.compile cannot trace the loading of a library.
 @assume_constant_result
 def _load() -> str | None:
@@ -47,7 +50,9 @@ def _load() -> str | None:
     else:
         try:
             torch.ops.load_library(LIBRARY)
-            _unavailable = None
+            there = all(hasattr(torch.ops.ddb_fast_native, name) for name in _OPERATORS)
+            other = "the C++ operators are those of another version, install again"
+            _unavailable = None if there else other
         except OSError as error:
             _unavailable = f"the C++ operators do not fit this torch, install again: {error}"
     return _unavailable

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import small
-from ddb_fast import cli
+from ddb_fast import cli, train
 from ddb_fast.config import with_fields
 from ddb_fast.data.samplers import ShuffledSampler
 from ddb_fast.data.store import ImageData, Split
@@ -561,6 +561,39 @@ def test_a_tracker_says_why_it_does_not_start_and_gets_no_places(monkeypatch, ca
     assert line.endswith(
         "tracker wandb: a run of yours is going on in this process; finish it first"
     )
+
+
+def test_a_folder_that_safetensors_cannot_name_is_refused_before_any_work(capsys, tmp_path):
+    out = tmp_path / "b\udce9"
+    line = refused(capsys, *small.arguments(out, methods="erm"))
+    assert "--out" in line and line.endswith("is not valid Unicode")
+    assert not out.exists()
+
+
+def test_a_compiler_that_is_missing_is_one_line(capsys, monkeypatch, tmp_path):
+    """torch.compile meets it at the first step, and tells what of torch's was called."""
+
+    kind = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+
+    def run(*_, **__):
+        raise kind("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(train, "run", run)
+    line = refused(capsys, *small.arguments(tmp_path / "out"))
+    reason = "InvalidCxxCompiler: No working C++ compiler found"
+    assert line.endswith(f"torch.compile: {reason}; --step eager goes without")
+    monkeypatch.setenv("DDB_FAST_TRACEBACK", "1")
+    with pytest.raises(kind):
+        main(small.arguments(tmp_path / "out"))
+
+
+def test_an_interrupt_before_anything_began_is_one_line(capsys, monkeypatch, tmp_path):
+    def parse(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "parse_run", parse)
+    assert main(small.arguments(tmp_path / "out")) == 130
+    assert capsys.readouterr().err == "train.py: interrupted\n"
 
 
 def test_synthetic_images_of_other_classes(capsys, tmp_path):

@@ -37,6 +37,19 @@ def test_importing_the_package_imports_no_torch():
         _ = ddb_fast.fit
 
 
+def test_the_kernels_are_found_by_whoever_stands_in_a_checkout():
+    """The sources come before an installed package; an editable install has a finder of its own."""
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)];"
+        "import ddb_fast.kernels; print(ddb_fast.kernels.__file__)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=small.ROOT
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert Path(answer.stdout.strip()) == small.ROOT / "kernels" / "__init__.py"
+
+
 def test_scores_are_the_runs_own(fitted, monkeypatch):
     data, amplifier = fitted
     scores = amplifier.score(data.train)

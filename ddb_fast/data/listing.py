@@ -7,6 +7,7 @@ images came from. Listings are made on every start of a run, so they touch names
 import hashlib
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -144,7 +145,9 @@ def check_entries(name: str, entries: Iterable[Entry]) -> None:
     paths, files, folders = set(), {}, {}
     for path, _, _, pixels, _, _ in entries:
         if not path.isascii() and any("\ud800" <= letter <= "\udfff" for letter in path):
-            raise ValueError(f"{name}: rename {path!r}, its name is not valid Unicode")
+            utf8 = sys.getfilesystemencoding() == "utf-8"
+            advice = "" if utf8 else "; if it is in UTF-8, set PYTHONUTF8=1: this locale is not"
+            raise ValueError(f"{name}: rename {path!r}, its name is not valid Unicode{advice}")
         plain = normpath(path)
         if plain in paths:
             raise ValueError(f"{name}: {path} is listed twice; keep one of the two")

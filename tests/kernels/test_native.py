@@ -329,6 +329,14 @@ def without_library(monkeypatch):
     return replace
 
 
+def test_a_library_of_another_version_is_a_reason(without_library, monkeypatch):
+    without_library(native.LIBRARY)
+    monkeypatch.setattr(native, "_OPERATORS", ("group_norm", "an operator of tomorrow"))
+    assert native.why_not("group_norm") == [
+        "the C++ operators are those of another version, install again"
+    ]
+
+
 def test_without_the_library_there_is_a_reason(without_library, tmp_path, capsys):
     from ddb_fast.cli import main
 
