@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 
+logger = logging.getLogger(__name__)
+
 _READER_LEFT = 141
 """What a shell says of a command that SIGPIPE ended."""
 
@@ -14,6 +16,11 @@ def log_to_stderr() -> None:
     if not logging.getLogger().handlers:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("ddb_fast").setLevel(logging.INFO)
+    if not sys.getfilesystemencoding().startswith("utf"):
+        logger.warning(
+            "this locale is not UTF-8: names that are not ASCII are recorded as it reads them, and "
+            "mean nothing elsewhere; PYTHONUTF8=1 records them as they are"
+        )
 
 
 def printing(work: Callable[[], int], *, prog: str) -> int:

@@ -56,7 +56,7 @@ class RunLog:
         """Record the loss after so many images of a stage; the tracker's are `stage/loss`, ...
 
         A tracker's step is the images of all stages up to there, of finished ones too: wandb leaves
-        out what does not come after its last step.
+        out what does not come after its last step. One that fails is left alone, with a warning.
         """
         if self._path is not None:
             row = {"time": round(time.time(), 3), "stage": stage, "images": images, "loss": loss}
@@ -69,7 +69,13 @@ class RunLog:
                 self._stage, self._before = stage, self._step or others
             self._step = self._before + images
             numbers = {f"{stage}/images": images, f"{stage}/loss": loss}
-            self._accelerator.log(numbers, step=self._step)
+            try:
+                self._accelerator.log(numbers, step=self._step)
+            except (
+                Exception
+            ) as error:  # whatever a tracker raises: its disk is full, its files gone
+                logger.warning("the tracker gets nothing more, the run goes on: %s", error)
+                self._mirror, self._accelerator.trackers = False, []
 
 
 class Progress:

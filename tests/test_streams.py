@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 import sys
 
 import pytest
@@ -95,3 +96,15 @@ def test_a_machine_without_room_is_one_line(monkeypatch, capsys, error, told):
     monkeypatch.setattr(cli, "show_data", lambda _: [][0])
     with pytest.raises(IndexError):
         cli.main(["data", "x"])
+
+
+@pytest.mark.parametrize(("utf8", "lines"), [("0", 1), ("1", 0)])
+def test_a_locale_that_spoils_names_is_warned_of(utf8, lines):
+    answer = subprocess.run(
+        [sys.executable, "-c", "from ddb_fast.streams import log_to_stderr as log; log()"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": utf8, "PYTHONCOERCECLOCALE": "0"},
+    )
+    assert answer.stderr.count("this locale is not UTF-8") == lines
+    assert len(answer.stderr.splitlines()) == lines

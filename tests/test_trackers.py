@@ -72,6 +72,19 @@ def test_a_resumed_run_has_the_steps_of_one_that_was_not_interrupted(tmp_path):
     assert [step for step, _ in record(path, ("lff", 0, 10), ("ddb-i", 0, 5))] == [85, 90]
 
 
+def test_a_tracker_that_fails_stops_no_run(tmp_path, monkeypatch, caplog):
+    def log(*_, step, **__):
+        if step > 10:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Recorder, "log", log)
+    record(tmp_path / "log.jsonl", ("diffusion", 0, 10, 30), ("erm", 0, 10))
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "the tracker gets nothing more, the run goes on: [Errno 28] No space left on device"
+    ]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+
+
 def test_a_log_that_is_damaged_stops_no_run(tmp_path):
     path = tmp_path / "log.jsonl"
     record(path, ("diffusion", 0, 10))
