@@ -106,6 +106,7 @@ def alone() -> Iterator[None]:
         fcntl.flock(_turns, fcntl.LOCK_UN)
 
 
+@alone()
 def timed(device: torch.device, build: Callable[[int], Call], sets: int) -> Timing:
     """Time the calls that `build(i)` returns for each set of operands, one after the other.
 
@@ -113,11 +114,6 @@ def timed(device: torch.device, build: Callable[[int], Call], sets: int) -> Timi
     """
     if device.type != "cuda":
         return interleaved({"": build(0)})[""]
-    with alone():
-        return _replayed(device, build, sets)
-
-
-def _replayed(device: torch.device, build: Callable[[int], Call], sets: int) -> Timing:
     # Backward passes run on the stream of their forward pass, so all is built on the graph's.
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))

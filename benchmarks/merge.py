@@ -289,17 +289,10 @@ def merge(out: Path, command: str, results: Path = RESULTS) -> list[Path]:
     """
     written = []
     for part in _TABLES:
-        # A part measured in shares has a file for each.
-        paths = sorted([*out.glob(f"{part}.jsonl"), *out.glob(f"{part}-[0-9]*.jsonl")])
-        if not paths:
+        there = rows.of_part(out, part)
+        if there is None:
             continue
-        measured_on, found = rows.read(paths[0])
-        for path in paths[1:]:
-            other, more = rows.read(path)
-            if other != measured_on:
-                raise ValueError(f"{path} and {paths[0]} were not measured on the same machine")
-            # The part itself comes first: it measures again what failed in a share.
-            found |= {k: row for k, row in more.items() if "error" in found.get(k, {"error": ""})}
+        measured_on, found = there
         device = re.sub(r"[^a-z0-9]+", "-", measured_on["device"].lower()).strip("-")
         page_path = results / device / f"{part}.md"
         page_path.parent.mkdir(parents=True, exist_ok=True)

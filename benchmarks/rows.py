@@ -65,6 +65,25 @@ def read(path: Path) -> tuple[Row, dict[str, Row]]:
     return complete[0], {row["key"]: row for row in complete[1:]}
 
 
+def of_part(folder: Path, part: str) -> tuple[Row, dict[str, Row]] | None:
+    """`read` of a part and of its shares, None if nothing of it is there.
+
+    What failed in one is as it was measured in another. Raises ValueError if they were not
+    measured on the same machine.
+    """
+    paths = [path for path in (folder / f"{part}.jsonl",) if path.exists()]
+    paths += sorted(folder.glob(f"{part}-[0-9]*-of-*.jsonl"))
+    if not paths:
+        return None
+    measured_on, found = read(paths[0])
+    for path in paths[1:]:
+        other, more = read(path)
+        if other != measured_on:
+            raise ValueError(f"{path} and {paths[0]} were not measured on the same machine")
+        found |= {k: row for k, row in more.items() if "error" in found.get(k, {"error": ""})}
+    return measured_on, found
+
+
 class Rows:
     """The rows of one file, by key; `add` returns when the row is on the disk.
 

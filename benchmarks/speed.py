@@ -102,16 +102,13 @@ def norm_off(
     direction: str,
 ) -> float:
     """Assert that a group norm is close to the reference; how far off it is."""
-    # Compiles, beside others.
-    contenders.DIRECTIONS[direction](contender, operands)()
-    with measure.alone():
-        return closeness.assert_close(
-            contender,
-            operands,
-            closeness.reference_norm(shape, options),
-            gradients=direction != "forward",
-            dropout_p=contenders.DROPOUT if "dropout" in options else 0.0,
-        )
+    return _off(
+        contender,
+        operands,
+        direction,
+        closeness.reference_norm(shape, options),
+        dropout_p=contenders.DROPOUT if "dropout" in options else 0.0,
+    )
 
 
 def time_contender(
@@ -192,10 +189,23 @@ def _attention_row(
 
 def attention_off(contender: Contender, operands: contenders.Operands, direction: str) -> float:
     """Assert that an attention is close to the reference; how far off it is."""
+    return _off(contender, operands, direction, contenders.our_attention("reference"))
+
+
+def _off(
+    contender: Contender,
+    operands: contenders.Operands,
+    direction: str,
+    truth: Contender,
+    dropout_p: float = 0.0,
+) -> float:
+    # Compiles, beside others.
     contenders.DIRECTIONS[direction](contender, operands)()
-    truth = contenders.our_attention("reference")
+    gradients = direction != "forward"
     with measure.alone():
-        return closeness.assert_close(contender, operands, truth, gradients=direction != "forward")
+        return closeness.assert_close(
+            contender, operands, truth, gradients=gradients, dropout_p=dropout_p
+        )
 
 
 def _absent(op: str, missing: dict[str, str]) -> Iterator[Item]:

@@ -116,10 +116,9 @@ def run(part: str, out: Path, seconds: float, share: tuple[int, int]) -> int:
     name = part if shares == 1 else f"{part}-{first}-of-{shares}"
     kept = rows.Rows(out / f"{name}.jsonl", measured_on)
     if shares == 1:
-        for path in sorted(out.glob(f"{part}-*-of-*.jsonl")):
-            for key, row in rows.Rows(path, measured_on).rows.items():
-                if key not in kept and "error" not in row:
-                    kept.add(key, row)
+        for key, row in rows.of_part(out, part)[1].items():
+            if key not in kept and "error" not in row:
+                kept.add(key, row)
     own = items(part, device)
     if shares > 1:
         own = (item for item in own if not item[0].startswith("host "))

@@ -271,9 +271,6 @@ def _main(given: list[str], prog: str) -> int:
                 raise
             print(f"{prog}: this machine has no room for it: {text or 'memory'}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
-            print(f"{prog}: interrupted", file=sys.stderr)
-            return 130
     if given:
         print(f"ddb-fast: no command {given[0]!r}; {', '.join(COMMANDS)}", file=sys.stderr)
     else:

@@ -27,7 +27,7 @@ def printing(work: Callable[[], int], *, prog: str) -> int:
     """The exit status of a command that prints, once what it printed is out.
 
     A reader that leaves, as `head` does, is no error: what is finished keeps its status, what is
-    not ends with 141. Output that the disk refuses is one line and 2.
+    not ends with 141. Output that the disk refuses is one line and 2, Ctrl-C one and 130.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -43,6 +43,9 @@ def printing(work: Callable[[], int], *, prog: str) -> int:
     except SystemExit as error:  # of argparse, which may have printed the help
         stop = error
         status = 0
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        status = 130
     except BrokenPipeError:
         _discard()
         return _READER_LEFT

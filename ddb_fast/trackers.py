@@ -71,9 +71,7 @@ class RunLog:
             numbers = {f"{stage}/images": images, f"{stage}/loss": loss}
             try:
                 self._accelerator.log(numbers, step=self._step)
-            except (
-                Exception
-            ) as error:  # whatever a tracker raises: its disk is full, its files gone
+            except Exception as error:  # whatever a tracker raises: a full disk, files gone
                 logger.warning("the tracker gets nothing more, the run goes on: %s", error)
                 self._mirror, self._accelerator.trackers = False, []
 

@@ -172,15 +172,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
 
 
 def _main(argv: Sequence[str] | None, prog: str) -> int:
-    try:
-        return _asked(sys.argv[1:] if argv is None else argv, prog)
-    except KeyboardInterrupt:  # nothing has begun
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
-
-
-def _asked(argv: Sequence[str], prog: str) -> int:
-    config, dry_run, profile = parse_run(argv, prog=prog)
+    config, dry_run, profile = parse_run(sys.argv[1:] if argv is None else argv, prog=prog)
     if dry_run:
         sys.stdout.write(to_json(config))
         return 0
