@@ -3,9 +3,11 @@
 Losses stay on the device and are drained every few seconds: reading one each step would stall it.
 """
 
+import contextlib
 import json
 import logging
 import math
+import os
 import time
 from pathlib import Path
 
@@ -60,8 +62,7 @@ class RunLog:
         """
         if self._path is not None:
             row = {"time": round(time.time(), 3), "stage": stage, "images": images, "loss": loss}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._append(json.dumps(row) + "\n")
         if self._mirror:
             if stage != self._stage:
                 # At first, what earlier processes showed in stages other than this one.
@@ -74,6 +75,18 @@ class RunLog:
             except Exception as error:  # whatever a tracker raises: a full disk, files gone
                 logger.warning("the tracker gets nothing more, the run goes on: %s", error)
                 self._mirror, self._accelerator.trackers = False, []
+
+    def _append(self, line: str) -> None:
+        """A whole line or nothing; OSError, which names the log, when the disk refuses."""
+        before = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            # Half a line would spoil the next one too, which is put behind it.
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, before)
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
 class Progress:

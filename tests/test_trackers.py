@@ -1,6 +1,7 @@
 """What a tracker is sent: steps that never go back, whatever stages came before."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -91,3 +92,18 @@ def test_a_log_that_is_damaged_stops_no_run(tmp_path):
     with path.open("ab") as file:
         file.write(b'{"stage": "erm", "im\xff\n')
     assert [step for step, _ in record(path, ("erm", 0, 10))] == [20]
+
+
+def test_a_log_that_cannot_grow_is_named_and_keeps_whole_rows(tmp_path):
+    path = tmp_path / "log.jsonl"
+    record(path, ("diffusion", 0, 10))
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # As on a full disk: the beginning of a row is taken, and no more.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+    try:
+        with pytest.raises(OSError, match=r"log\.jsonl"):
+            record(path, ("diffusion", 10, 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
