@@ -75,7 +75,7 @@ def whole_folder(out: Path, *, last: str | None = None) -> Iterator[Path]:
 
     Where `out` is there, empty, it stays: it may be a mount point, a link or where somebody stands.
     Then what the folder holds is moved into it, `last` after the rest. ValueError, one line, if it
-    holds anything.
+    holds anything; OSError, with a name, when the disk refuses.
     """
     out = Path(os.path.realpath(out))
     there = out.is_dir()
@@ -92,6 +92,10 @@ def whole_folder(out: Path, *, last: str | None = None) -> Iterator[Path]:
                 os.replace(path, out / path.name)
         else:
             os.replace(unfinished, out)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a write does not say where
+            raise OSError(error.errno, error.strerror, str(out)) from error
+        raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -91,6 +91,15 @@ def test_an_empty_folder_that_is_there_stays(tmp_path, monkeypatch):
     assert not os.listdir(place)
 
 
+def test_a_folder_is_named_where_a_write_does_not_say_where(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match=r"No space left .*/out'"), checkpoint.whole_folder(out):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match=r"^x: full$"), checkpoint.whole_folder(out):
+        raise OSError("x: full")
+    assert not list(tmp_path.iterdir())
+
+
 def test_safetensors_that_the_disk_refuses_is_an_os_error(tmp_path):
     """A real refusal in the writing library: the process may write files of 4 KiB at most."""
     code = f"""
