@@ -113,9 +113,11 @@ def lock_folder(path: Path) -> IO[str]:
                 "processes could spoil each other's work; use a folder on another one"
             ) from None
         raise
-    for unfinished in path.rglob(".*.part"):  # of a process that was killed
-        if unfinished.is_file():
-            unfinished.unlink(missing_ok=True)
+    # Of a process that was killed; the second is what safetensors writes before it gets our name.
+    for pattern in (".*.part", ".tmp??????"):
+        for unfinished in path.rglob(pattern):
+            if unfinished.is_file():
+                unfinished.unlink(missing_ok=True)
     return lock
 
 

@@ -72,8 +72,11 @@ def test_defaults_are_those_of_the_dataclasses():
     assert defaults["data.rho"] == digits["data.rho"] and defaults["seeds"] == [0]
 
 
-def test_one_process_works_in_a_folder_and_clears_away_what_was_cut_off(tmp_path, monkeypatch):
-    left = tmp_path / "cache" / ".small.u8.123.part"
+@pytest.mark.parametrize("name", [".small.u8.123.part", ".tmpLcm1qm"])
+def test_one_process_works_in_a_folder_and_clears_away_what_was_cut_off(
+    tmp_path, monkeypatch, name
+):
+    left = tmp_path / "cache" / name
     left.parent.mkdir()
     left.touch()
     with lock_folder(tmp_path):
