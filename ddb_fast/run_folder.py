@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -238,6 +239,10 @@ class RunFolder:
 
     def _write(self) -> None:
         if self._writes:
+            lock = self.path / ".lock"
+            if not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(self._lock.fileno()))):
+                # A manifest would vouch for files that are gone, or for those of another process.
+                raise ValueError(f"{self.path}: removed or moved while the run was going on")
             content = {**self._header, "seconds": self.seconds(), "stages": self._stages}
             write_atomically(self._manifest_path, json.dumps(content, indent=2) + "\n")
 

@@ -93,6 +93,24 @@ def test_one_process_works_in_a_folder_and_clears_away_what_was_cut_off(
     assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_folder_that_was_removed_meanwhile_gets_no_manifest(tmp_path, again):
+    """It would vouch for files that are gone, or for those of a run that has begun there since."""
+    config = with_fields(PRESETS["digits"](), {"out": str(tmp_path / "run")})
+    folder = open_folder(config)
+    folder.begin("diffusion")
+    shutil.rmtree(tmp_path / "run")
+    other = open_folder(config) if again else None
+    with pytest.raises(ValueError, match="run: removed or moved while"):
+        folder.finish("diffusion", 1.0)
+    folder.close()
+    if other is None:
+        assert not (tmp_path / "run").exists()
+    else:
+        other.close()
+        assert not open_folder(config).done("diffusion")
+
+
 def test_what_another_command_began_before_the_folder_was_locked_counts(tmp_path):
     config = with_fields(PRESETS["digits"](), {"out": str(tmp_path / "run")})
     other = with_fields(config, {"diffusion.lr": 0.5})
