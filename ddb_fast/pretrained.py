@@ -45,6 +45,12 @@ class Files:
     fit: Literal["centre-square", "squash", "pad"]
 
 
+class _Card(ModelCard):
+    def save(self, filepath: Path | str) -> None:
+        """Whole or not at all: the next `save_pretrained` would take half a card for another's."""
+        checkpoint.write_atomically(Path(filepath), str(self))
+
+
 class _Model(nn.Module, PyTorchModelHubMixin):
     """What the three kinds share: folders, the Hub, and the description in config.json."""
 
@@ -147,7 +153,7 @@ class _Model(nn.Module, PyTorchModelHubMixin):
 
     def generate_model_card(self, *, file: str | None = None) -> ModelCard:
         """The card that `save_pretrained` writes; file: as in `model_card.card`."""
-        return ModelCard(card(self.kind, type(self).__name__, self.description, file=file))
+        return _Card(card(self.kind, type(self).__name__, self.description, file=file))
 
 
 class _OfImages:

@@ -1,8 +1,10 @@
 """Models taken away from a run: the same answers, honest cards, one line for what is wrong."""
 
 import csv
+import errno
 import html
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +18,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import small
-from ddb_fast import pretrained
+from ddb_fast import checkpoint, pretrained
 from ddb_fast.checkpoint import load_tensors
 from ddb_fast.classification import load_classifier, logits_of
 from ddb_fast.data.store import squash
@@ -305,6 +307,25 @@ def test_another_models_card_is_not_left_beside_the_weights(run, tmp_path):
     line = refused(ValueError, Classifier.from_run(run).save_pretrained, folder)
     assert "README.md" in line
     same_folder(folder, tmp_path / "before")
+
+
+def test_a_full_disk_leaves_no_half_card_which_would_be_anothers(
+    run, folders, tmp_path, monkeypatch
+):
+    folder, own = tmp_path / "model", checkpoint._replace
+
+    def full(temporary, path):
+        if path.name == "README.md":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        own(temporary, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_replace", full)
+        with pytest.raises(OSError, match=r"No space left .*README\.md"):
+            BiasAmplifier.from_run(run).save_pretrained(folder)
+    assert not (folder / "README.md").exists()
+    BiasAmplifier.from_run(run).save_pretrained(folder)
+    same_folder(folder, folders / "BiasAmplifier")
 
 
 def test_pushing_uploads_the_folder_and_loading_asks_for_two_files(folders, tmp_path, monkeypatch):
