@@ -131,30 +131,39 @@ inline void add_block(Slab<R>& slab, int64_t from, int64_t to, int64_t before, i
   }
 }
 
-// Mean and rstd of each group from its channels' mean and m2.
+// Mean and rstd of each group from its channels' mean and m2. Sums are of distances from the group's
+// first channel: one pass, and none of its digits are lost where a mean is far from 0.
 template <class R>
 void groups_from_channels(Slab<R>& slab) {
   const Call& call = slab.call;
-  const int64_t at = slab.sample * call.groups + slab.first_group;
-  const double pixels = double(call.pixels), size = double(slab.group_size);
+  const int64_t at = slab.sample * call.groups + slab.first_group, size = slab.group_size;
+  const double pixels = double(call.pixels), each = 1.0 / double(size);
+  double *const means = slab.totals[2], *const variances = slab.totals[3];
   for (int64_t g = 0; g < slab.group_count; ++g) {
-    double *mean = slab.totals[0] + g * slab.group_size, *m2 = slab.totals[1] + g * slab.group_size;
-    const R* pre_bias = slab.pre_bias + g * slab.group_size;
-    double sum = 0, squares = 0;
-    for (int64_t i = 0; i < slab.group_size; ++i) sum += mean[i] + pre_bias[i];
-    sum /= size;
-    for (int64_t i = 0; i < slab.group_size; ++i) {
-      const double delta = mean[i] + pre_bias[i] - sum;
-      squares += m2[i] + pixels * delta * delta;
+    const double *mean = slab.totals[0] + g * size, *m2 = slab.totals[1] + g * size;
+    const R* pre_bias = slab.pre_bias + g * size;
+    const double first = mean[0] + pre_bias[0];
+    double sum = 0, squares = 0, within = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      const double distance = mean[i] + pre_bias[i] - first;
+      sum += distance;
+      squares += distance * distance;
+      within += m2[i];
     }
-    const R rstd = R(1 / __builtin_sqrt(squares / (size * pixels) + call.eps));
-    static_cast<R*>(call.mean)[at + g] = R(sum);
-    static_cast<R*>(call.rstd)[at + g] = rstd;
-    for (int64_t i = 0; i < slab.group_size; ++i) {
-      slab.group_mean[g * slab.group_size + i] = sum;
-      slab.group_rstd[g * slab.group_size + i] = rstd;
-    }
+    means[g] = first + sum * each;
+    variances[g] = (within + pixels * (squares - sum * (sum * each))) * (each / pixels) + call.eps;
   }
+  R *const mean = static_cast<R*>(call.mean) + at, *const rstd = static_cast<R*>(call.rstd) + at;
+#pragma GCC ivdep
+  for (int64_t g = 0; g < slab.group_count; ++g) {
+    mean[g] = R(means[g]);
+    rstd[g] = R(1 / __builtin_sqrt(variances[g]));
+  }
+  for (int64_t g = 0, i = 0; g < slab.group_count; ++g)
+    for (int64_t end = i + size; i < end; ++i) {
+      slab.group_mean[i] = means[g];
+      slab.group_rstd[i] = rstd[g];
+    }
 }
 
 template <class R>

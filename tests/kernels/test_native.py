@@ -199,6 +199,15 @@ def test_an_unknown_level_is_refused(best):
 
 @built
 @layouts
+def test_mean_of_a_million_standard_deviations(layout):
+    about_zero = torch.randn(2, 12, 9, 9, dtype=torch.float64).contiguous(memory_format=layout)
+    x = about_zero + 1e6
+    y = group_norm(x, 3, backend="native")
+    assert error(y, F.group_norm(x - 1e6, 3)) <= 1e-8
+
+
+@built
+@layouts
 @pytest.mark.parametrize("level", range(3), ids=LEVELS)
 def test_silu_far_from_zero(best, level, layout):
     if level > best:
