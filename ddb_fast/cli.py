@@ -25,7 +25,12 @@ COMMANDS = {
 }
 
 
-_NO_ROOM = ("can't start new thread", "can't allocate memory", "out of memory")
+_NO_ROOM = (
+    "can't start new thread",
+    "can't allocate memory",
+    "out of memory",
+    "Storage size calculation overflowed",
+)
 """What Python and PyTorch say where threads or memory run out, in errors without a class."""
 
 
@@ -265,9 +270,9 @@ def _main(given: list[str], prog: str) -> int:
         except (ValueError, OSError) as error:
             print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, OverflowError, RuntimeError) as error:
             text = " ".join(str(error).split())
-            if not isinstance(error, MemoryError) and not any(words in text for words in _NO_ROOM):
+            if isinstance(error, RuntimeError) and not any(words in text for words in _NO_ROOM):
                 raise
             print(f"{prog}: this machine has no room for it: {text or 'memory'}", file=sys.stderr)
             return 2

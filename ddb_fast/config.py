@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from ddb_fast.fields import flatten, from_dict
 
-_COUNT, _SHARE, _POSITIVE = (1, math.inf), (0.0, 1.0), (0.0, math.inf)
+_MOST = 2**63 - 1  # what PyTorch counts to
+_COUNT, _SHARE, _POSITIVE = (1, _MOST), (0.0, 1.0), (0.0, math.inf)
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("images", "batch_size", "accumulate", "per_class", "steps"), _COUNT),
     **dict.fromkeys(("timesteps", "image_size", "cache_size", "threads", "width"), _COUNT),
@@ -26,7 +27,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("dropout", "class_dropout", "momentum", "beta_start", "beta_end"), _SHARE),
     **dict.fromkeys(("lr", "weight_decay", "grad_clip", "guidance_scale"), _POSITIVE),
     **dict.fromkeys(("step_size", "adjustment", "checkpoint_minutes"), _POSITIVE),
-    **dict.fromkeys(("seed", "seeds", "attention_levels"), (0, math.inf)),
+    **dict.fromkeys(("seed", "seeds", "attention_levels"), (0, _MOST)),
     "moving_average": (0.0, 0.999),
     **dict.fromkeys(("q", "first_share"), (1e-6, 1.0)),
     **dict.fromkeys(("upweight", "draws"), _COUNT),
@@ -340,6 +341,8 @@ class RunConfig:
             raise ValueError(f"methods: {unknown}; known: {', '.join(METHODS)}; or none alone")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: {self.seeds}: at least one, each once")
+        if not self.out:
+            raise ValueError("out: it is empty; name a folder")
         for name, value in flatten(self).items():
             low, high = RANGES.get(name.rsplit(".", 1)[-1], (-math.inf, math.inf))
             for number in value if isinstance(value, list) else [value]:

@@ -143,6 +143,9 @@ def test_presets_of_published_sets_are_as_the_table_says(name, images):
         ({"pseudo_labels.gamma": "inf"}, "pseudo_labels.gamma: inf"),
         ({"classifier.lr": "nan"}, "classifier.lr: nan"),
         ({"threads": 0}, "threads: 0"),
+        ({"diffusion.timesteps": 2**63}, "diffusion.timesteps: 9223372036854775808"),
+        ({"seeds": [2**63]}, "seeds: 9223372036854775808"),
+        ({"out": ""}, "out: it is empty"),
     ],
 )
 def test_wrong_fields_are_named(change, message):

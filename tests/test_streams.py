@@ -83,7 +83,12 @@ def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "told"),
-    [(MemoryError(), "memory"), (RuntimeError("can't start new thread"), "new thread")],
+    [
+        (MemoryError(), "memory"),
+        (RuntimeError("can't start new thread"), "new thread"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9]"), "calculation"),
+        (OverflowError("Python int too large"), "too large"),
+    ],
 )
 def test_a_machine_without_room_is_one_line(monkeypatch, capsys, error, told):
     def fail(_):
