@@ -239,7 +239,7 @@ class RunFolder:
 
     def _write(self) -> None:
         if self._writes:
-            lock = self.path / ".lock"
+            lock = Path(self._lock.name)
             if not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(self._lock.fileno()))):
                 # A manifest would vouch for files that are gone, or for those of another process.
                 raise ValueError(f"{self.path}: removed or moved while the run was going on")

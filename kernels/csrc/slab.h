@@ -131,6 +131,16 @@ inline void add_block(Slab<R>& slab, int64_t from, int64_t to, int64_t before, i
   }
 }
 
+// Each channel of the slab gets what its group has.
+template <class R, class Mean>
+inline void to_channels(Slab<R>& slab, const Mean* mean, const R* rstd) {
+  for (int64_t g = 0, i = 0; g < slab.group_count; ++g)
+    for (int64_t end = i + slab.group_size; i < end; ++i) {
+      slab.group_mean[i] = mean[g];
+      slab.group_rstd[i] = rstd[g];
+    }
+}
+
 // Mean and rstd of each group from its channels' mean and m2. Sums are of distances from the group's
 // first channel: one pass, and none of its digits are lost where a mean is far from 0.
 template <class R>
@@ -159,21 +169,14 @@ void groups_from_channels(Slab<R>& slab) {
     mean[g] = R(means[g]);
     rstd[g] = R(1 / __builtin_sqrt(variances[g]));
   }
-  for (int64_t g = 0, i = 0; g < slab.group_count; ++g)
-    for (int64_t end = i + size; i < end; ++i) {
-      slab.group_mean[i] = means[g];
-      slab.group_rstd[i] = rstd[g];
-    }
+  to_channels(slab, means, rstd);
 }
 
 template <class R>
 void groups_from_call(Slab<R>& slab) {
   const int64_t at = slab.sample * slab.call.groups + slab.first_group;
-  for (int64_t g = 0, i = 0; g < slab.group_count; ++g)
-    for (int64_t end = i + slab.group_size; i < end; ++i) {
-      slab.group_mean[i] = static_cast<const R*>(slab.call.mean)[at + g];
-      slab.group_rstd[i] = static_cast<const R*>(slab.call.rstd)[at + g];
-    }
+  to_channels(slab, static_cast<const R*>(slab.call.mean) + at,
+              static_cast<const R*>(slab.call.rstd) + at);
 }
 
 // z = xhat * weight + bias, times 1 + scale, plus shift, as x * a + b; gain = dz / dxhat.
